@@ -1,0 +1,149 @@
+"""Stage 4 of CLADA: fine-tune the task model F so that a discriminator cannot tell the domains by F's features.
+
+    python adapt_features.py --source translated/fastcut_l5 --target cityscapes --segmenter runs/fastcut_l5 --out runs/clada
+
+D_feat sees an intermediate layer of F (--layer) and learns to tell translated source from target; F learns to make target
+frames pass for source, while its supervised loss on translated source goes on. Two optimisers, and the gate of CyCADA
+(Hoffman et al. 2018): the adversarial term reaches F only while D_feat's accuracy over its last 100 batches is above 60%.
+Labels of the target are not read. --adversarial-weight 0 is the control: the same fine-tuning without an adversary.
+An unfinished run is resumed by the same command.
+"""
+
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch.utils.data import StackDataset
+
+import data
+import models
+import runtime
+from losses import gan_loss, segmentation_loss
+
+GATE_WINDOW = 100  # batches, Hoffman et al. 2018
+
+
+def parse_args(words=None):
+    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
+    parser.add_argument("--source", required=True, metavar="DIR", help="translated, labelled data set")
+    parser.add_argument("--target", required=True, metavar="DIR", help="target data set; labels unread")
+    parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
+    parser.add_argument(
+        "--segmenter", type=Path, required=True, metavar="RUN", help="a finished run of train_segmenter.py on --source"
+    )
+    parser.add_argument("--layer", default="decoder3", help="of F: encoder1 to 5, decoder1 to 5 (default decoder3)")
+    parser.add_argument(
+        "--adversarial-weight", type=runtime.non_negative, default=0.1, help="of the adversarial term (default 0.1)"
+    )
+    parser.add_argument(
+        "--discriminator-lr",
+        type=runtime.non_negative,
+        default=1e-4,
+        help="Adam's learning rate for D_feat (default 1e-4)",
+    )
+    parser.add_argument(
+        "--gate",
+        type=runtime.non_negative,
+        default=0.6,
+        help="accuracy of D_feat above which F is trained on it (default 0.6)",
+    )
+    runtime.add_training_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
+    return parser.parse_args(words)
+
+
+class Gate:
+    """Is D_feat good enough for its gradient to mean something? Its mean accuracy over the last batches says so."""
+
+    def __init__(self, threshold):
+        self.threshold, self.accuracies, self.opened, self.asked = threshold, deque(maxlen=GATE_WINDOW), 0, 0
+
+    def opens(self, accuracy):
+        """Take in the accuracy of the newest batch, in [0, 1] -> may the adversarial term reach F?"""
+        self.accuracies.append(float(accuracy))
+        is_open = sum(self.accuracies) / len(self.accuracies) > self.threshold
+        self.asked, self.opened = self.asked + 1, self.opened + is_open
+        return is_open
+
+    def state_dict(self):
+        return {"accuracies": list(self.accuracies), "opened": self.opened, "asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.accuracies.extend(state["accuracies"])
+        self.opened, self.asked = state["opened"], state["asked"]
+
+
+def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
+    """One alternation of D_feat and F. batch: source images and labels, target images -> losses by name."""
+    source, labels, target = batch
+    with autocast:
+        logits, features_source = F(source, return_features=True)
+        _, features_target = F(target, return_features=True)
+        features_source, features_target = features_source[layer], features_target[layer]
+
+        # D_feat: equation 1 on features, the source being what is real to it.
+        is_source, is_target = D(features_source.detach()), D(features_target.detach())
+        loss_D = (gan_loss(is_source, True, "vanilla") + gan_loss(is_target, False, "vanilla")) / 2
+    accuracy = ((is_source > 0).float().mean() + (is_target <= 0).float().mean()) / 2
+    opt_D.zero_grad()
+    loss_D.backward()
+    opt_D.step()
+
+    # F: supervised on translated source; where the gate is open, also to make the target's features look like source.
+    losses = {"task": segmentation_loss(logits, labels)}
+    loss_F = losses["task"]
+    is_open = gate.opens(accuracy)
+    D.requires_grad_(False)
+    if is_open and weight > 0:
+        with autocast:
+            loss_F = loss_F + weight * gan_loss(D(features_target), True, "vanilla")
+    opt_F.zero_grad()
+    loss_F.backward()
+    opt_F.step()
+    D.requires_grad_(True)
+    return losses | {"D": loss_D, "D_accuracy": accuracy}
+
+
+def main():
+    args = parse_args()
+    source = data.list_frames(args.source)
+    target = data.list_frames(args.target, args.target_splits, labelled=False)
+    weights = runtime.finished(args.segmenter, "--segmenter")
+    run = runtime.Run(args)
+    if run.is_finished:
+        print(f"{args.out}: finished")
+        return
+    torch.manual_seed(args.seed)
+    segmenter = models.load_network(weights, models.UNet, run.device).to(memory_format=torch.channels_last).train()
+    if args.layer not in segmenter.feature_channels:
+        raise ValueError(f"--layer {args.layer}: one of {', '.join(segmenter.feature_channels)}")
+    discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
+    opt_F = runtime.adam(segmenter.parameters(), lr=args.lr)
+    opt_D = runtime.adam(discriminator.parameters(), lr=args.discriminator_lr)
+    gate = Gate(args.gate)
+    run.restore(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
+
+    length = args.iterations * args.batch_size
+    dataset = StackDataset(
+        data.Crops(source, args.width, args.crop_size, length, args.seed, stream=0, labelled=True),
+        data.Crops(target, args.width, args.crop_size, length, args.seed, stream=1),
+    )
+    for _, ((x, labels), y) in run.iterations(dataset):
+        x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
+        losses = training_step(
+            segmenter,
+            discriminator,
+            opt_F,
+            opt_D,
+            gate,
+            (x, labels, y),
+            args.layer,
+            args.adversarial_weight,
+            runtime.autocast(run.device, args.precision),
+        )
+        run.log(losses, gate_open=round(gate.opened / gate.asked, 4))
+    print(f"{args.out}: the gate let the adversary through in {gate.opened} of {gate.asked} steps")
+    run.finish(models.network_state(segmenter), gate_opened=gate.opened)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

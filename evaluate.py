@@ -1,0 +1,308 @@
+"""Scores of task models, the paper's tables 1 to 3 and its figures 3 and 4.
+
+    python evaluate.py --segmenter runs/clada --data cityscapes --split val --out table2.csv --name CLADA
+    python evaluate.py --report runs/demo        # tables and figures from what run_all.sh left there
+
+The first adds or replaces the model's row: mIoU, frequency-weighted IoU and pixel accuracy (equation 5) and the IoU of each
+class, in percent, at the labels' own resolution. A class that does not occur in the truth is an empty cell and counts in
+no mean. As a library: `confusion_matrix` and `scores`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import models
+import runtime
+
+# The models of table 2 in its order, and the folders in which run_all.sh trains them; translators have the same names.
+MODELS = {
+    "Source Only": "source_only",
+    "CycleGAN": "cyclegan",
+    "CUT": "cut",
+    "FastCUT": "fastcut",
+    "FastCUT-L5": "fastcut_l5",
+    "control": "control",
+    "CLADA": "clada",
+    "Oracle": "oracle",
+}
+MEANS = ("mIoU", "fwIoU", "pixel_accuracy")
+FIGURE_ROWS, FIGURE_WIDTH = 4, 320  # frames a figure, pixels a picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def confusion_matrix(prediction, label, num_classes=19, ignore=255):
+    """Count pixels by (truth, prediction): two integer tensors of one shape -> (C, C) int64, row = truth.
+
+    Pixels whose label is `ignore` are left out. Raises ValueError for shapes that differ, and for ids outside 0 to C - 1.
+    """
+    if prediction.shape != label.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
+    counted = label != ignore
+    truth, predicted = label[counted].long(), prediction[counted].long()
+    for name, ids in (("label", truth), ("prediction", predicted)):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_classes:
+            raise ValueError(f"{name} holds class ids outside 0 to {num_classes - 1}")
+    return torch.bincount(truth * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def scores(confusion):
+    """(C, C) pixel counts n_ij of class i predicted as j -> equation 5, as fractions from 0 to 1.
+
+    iou: (C,) float64, n_ii / (t_i + sum_j n_ji - n_ii), nan for classes absent from the truth; miou: its mean over the
+    others; fwiou: its mean weighted by t_i; pixel_accuracy: sum n_ii / sum t_i. All nan if no pixel was counted.
+    """
+    n = confusion.double().cpu()
+    hits, truth, predicted = n.diag(), n.sum(1), n.sum(0)
+    iou = torch.where(truth > 0, hits / (truth + predicted - hits), torch.nan)
+    return {
+        "iou": iou,
+        "miou": iou.nanmean().item(),
+        "fwiou": ((truth * iou).nansum() / truth.sum()).item(),
+        "pixel_accuracy": (hits.sum() / truth.sum()).item(),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def load_segmenter(run, flag, device):
+    """A finished run of stage 3 or 4 -> (UNet in evaluation mode, the width it was trained at)."""
+    segmenter = models.load_network(runtime.finished(run, flag), models.UNet, device)
+    return segmenter.to(memory_format=torch.channels_last), runtime.read_json(Path(run) / "args.json")["width"]
+
+
+@torch.inference_mode()
+def predict(segmenter, image, size, autocast):
+    """(3, h, w) uint8 on the network's device -> (H, W) train ids; logits are resized to `size` (H, W) before the choice."""
+    with autocast:
+        logits = segmenter(data.to_unit(image)[None].contiguous(memory_format=torch.channels_last))
+    if logits.shape[-2:] != size:
+        logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+    return logits[0].argmax(0)
+
+
+def evaluate(args):
+    """Predict every labelled frame of a split -> the summed confusion matrix; with --save-predictions also PNG files."""
+    frames = data.list_frames(args.data, args.split)
+    device = runtime.pick_device(args.device)
+    segmenter, width = load_segmenter(args.segmenter, "--segmenter", device)
+    autocast = runtime.autocast(device, runtime.pick_precision(args.precision, device))
+    if args.save_predictions:
+        args.save_predictions.mkdir(parents=True, exist_ok=True)
+    label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
+    total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64, device=device)
+    loader = DataLoader(data.Frames(frames, width), batch_size=None, num_workers=args.workers)  # frames differ in size
+    for frame, (image, label) in zip(frames, tqdm(loader, desc=str(args.segmenter), mininterval=0.5), strict=True):
+        prediction = predict(segmenter, image.to(device), label.shape, autocast)
+        total += confusion_matrix(prediction, label.to(device))
+        if args.save_predictions:  # label ids under the names that the Cityscapes server takes
+            with runtime.whole_file(args.save_predictions / f"{frame.name}_pred_labelIds.png") as temporary:
+                Image.fromarray(label_ids[prediction.cpu().numpy()]).save(temporary)
+    return total
+
+
+def table_row(name, result):
+    """The scores of one model as a row of table 2, in percent."""
+    values = [result["miou"], result["fwiou"], result["pixel_accuracy"], *result["iou"].tolist()]
+    cells = ["" if np.isnan(value) else f"{100 * value:.2f}" for value in values]
+    return dict(zip(("model", *MEANS, *data.CLASS_NAMES), (name, *cells), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+
+def report(out):
+    """Write tables 1 to 3 and figures 3 and 4 of an $OUT of run_all.sh, and print the tables."""
+    results = out / "results"
+    table2 = {row["model"]: row for row in runtime.read_csv(results / "table2.csv")}
+    if not table2:
+        raise ValueError(f"--report {out}: no {results / 'table2.csv'}, which evaluating a model with --out writes")
+    order = [name for name in MODELS if name in table2] + [name for name in table2 if name not in MODELS]
+    runtime.write_csv(results / "table2.csv", [table2[name] for name in order])
+
+    if rows := table1(out):
+        runtime.write_csv(results / "table1.csv", rows)
+        print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
+    shown = ("model", *MEANS)
+    print_table("Table 2: scores on the target's val split, percent", [{k: table2[m][k] for k in shown} for m in order])
+    if missing := [name for name in ("Source Only", "CLADA", "Oracle") if name not in table2]:
+        print(f"Table 3 and figure 4 need {', '.join(missing)} in table 2: left out")
+    else:
+        rows = table3(*(table2[name] for name in ("Source Only", "CLADA", "Oracle")))
+        runtime.write_csv(results / "table3.csv", rows)
+        print_table("Table 3: IoU lost to the Oracle, and the part of it that CLADA recovers, percent", rows)
+        if "control" in table2:
+            gain = float(table2["CLADA"]["mIoU"]) - float(table2["control"]["mIoU"])
+            print(f"CLADA's adversary: {gain:+.2f} mIoU over the control, the same fine-tuning without it")
+        segmentations_figure(out, results / "segmentations.png")
+    translations_figure(out, results / "translations.png")
+
+
+def table1(out):
+    """A row a translated data set: the distance that fid.py wrote, seconds per iteration and peak memory of its translator."""
+    distances = {row.pop("model"): row for row in runtime.read_csv(out / "results" / "distances.csv")}
+    rows = []
+    for name in ("Source", *MODELS):
+        if name not in distances:
+            continue
+        row = {"model": name} | distances[name] | {"seconds_per_iteration": "", "peak_memory_mib": ""}
+        if name != "Source":
+            summary = runtime.read_json(out / "translators" / MODELS[name] / "summary.json")
+            row["seconds_per_iteration"] = f"{summary['seconds_per_iteration']:.4f}"
+            row["peak_memory_mib"] = str(summary["peak_memory_mib"])
+        rows.append(row)
+    return rows
+
+
+def table3(source, clada, oracle):
+    """Rows of table 2 -> per class and for the mean: gaps to the Oracle, and (CLADA - Source) / (Oracle - Source).
+
+    Classes without truth have empty cells, and so has the recovered part where the Oracle is not above Source Only.
+    """
+    rows = []
+    for name in (*data.CLASS_NAMES, "mIoU"):
+        row = {"class": name, "source_gap": "", "clada_gap": "", "recovered": ""}
+        if oracle[name] != "":
+            s, c, o = float(source[name]), float(clada[name]), float(oracle[name])
+            row |= {"source_gap": f"{o - s:.2f}", "clada_gap": f"{o - c:.2f}"}
+            if o > s:
+                row["recovered"] = f"{100 * (c - s) / (o - s):.1f}"
+        rows.append(row)
+    return rows
+
+
+def print_table(title, rows):
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+    print(f"\n{title}")
+    for row in (dict(zip(columns, columns, strict=True)), *rows):
+        cells = [f"{row[c]:<{w}}" if i == 0 else f"{row[c]:>{w}}" for i, (c, w) in enumerate(zip(columns, widths, strict=True))]
+        print("  " + "  ".join(cells))
+
+
+def translations_figure(out, path):
+    """Figure 3: source frames beside each model's translation."""
+    translated = {name: out / "translated" / folder for name, folder in MODELS.items()}
+    translated = {name: data.list_frames(folder, labelled=False) for name, folder in translated.items() if folder.is_dir()}
+    if not translated:
+        return
+    source = runtime.read_json(out / "segmenters" / "source_only" / "args.json")["data"]
+    by_name = [
+        {f.name: f.image for f in frames} for frames in ([*data.list_frames(source, labelled=False)], *translated.values())
+    ]
+    names = [frame.name for frame in next(iter(translated.values()))]
+    rows = [[picture(data.load_image(images[name])) for images in by_name] for name in spread(names)]
+    save_figure(path, ["Source", *translated], rows)
+
+
+def segmentations_figure(out, path):
+    """Figure 4: test image, Source Only's prediction, CLADA's prediction, ground truth, void black."""
+    target = runtime.read_json(out / "segmenters" / "oracle" / "args.json")["data"]
+    device = torch.device("cpu")
+    names = ("Source Only", "CLADA")
+    segmenters = [load_segmenter(out / "segmenters" / MODELS[name], "--report", device) for name in names]
+    rows = []
+    for frame in spread(data.list_frames(target, "val")):
+        image, label = data.load_image(frame.image), data.load_label(frame.label)
+        row = [picture(image)]
+        for segmenter, width in segmenters:
+            prediction = predict(segmenter, data.resize_to_width(image, width), label.shape, runtime.autocast(device, "fp32"))
+            row.append(picture(data.colourise(prediction), Image.Resampling.NEAREST))
+        rows.append([*row, picture(data.colourise(label), Image.Resampling.NEAREST)])
+    save_figure(path, ["Target", *names, "Ground truth"], rows, legend=True)
+
+
+def spread(items):
+    """A few items, evenly spaced over a list."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(FIGURE_ROWS, len(items))).round().astype(int)]
+
+
+def picture(image, resample=Image.Resampling.LANCZOS):
+    """(3, H, W) uint8 -> a PIL image of the figure's width."""
+    image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return image.resize((FIGURE_WIDTH, max(1, round(image.height * FIGURE_WIDTH / image.width))), resample)
+
+
+def save_figure(path, titles, rows, legend=False):
+    """Rows of PIL pictures under column titles, with Cityscapes' colours named below where `legend` asks for it."""
+    font, margin, line = ImageFont.load_default(15), 4, 24
+    heights = [max(image.height for image in row) for row in rows]
+    width = len(titles) * (FIGURE_WIDTH + margin) - margin
+    per_line = width // 120
+    legend_height = line * -(-len(data.CLASSES) // per_line) if legend else 0
+    figure = Image.new("RGB", (width, line + sum(heights) + margin * len(rows) + legend_height), "white")
+    draw = ImageDraw.Draw(figure)
+    for column, title in enumerate(titles):
+        draw.text((column * (FIGURE_WIDTH + margin) + FIGURE_WIDTH // 2, line // 2), title, "black", font, anchor="mm")
+    y = line
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            figure.paste(image, (column * (FIGURE_WIDTH + margin), y))
+        y += height + margin
+    if legend:
+        for i, (name, colour) in enumerate(zip(data.CLASS_NAMES, data.PALETTE.tolist(), strict=True)):
+            left, top = i % per_line * 120, y + i // per_line * line
+            draw.rectangle((left, top + 5, left + 14, top + 18), fill=tuple(colour))
+            draw.text((left + 20, top + line // 2), name, "black", font, anchor="lm")
+    with runtime.whole_file(path) as temporary:
+        figure.save(temporary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
+    parser.add_argument("--report", type=Path, metavar="OUT", help="write all tables and figures of an $OUT of run_all.sh")
+    parser.add_argument("--segmenter", type=Path, metavar="RUN", help="a finished run of stage 3 or 4")
+    parser.add_argument("--data", metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    parser.add_argument("--split", default="val", help="of a Cityscapes layout (default val)")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="the table that gets the row")
+    parser.add_argument("--name", metavar="MODEL", help="of the row (default: the name of RUN)")
+    parser.add_argument("--skip-done", action="store_true", help="do nothing if the table has the row and is newer than RUN")
+    parser.add_argument(
+        "--save-predictions", type=Path, metavar="DIR", help="write label ids as the Cityscapes server takes them"
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it"
+    )
+    runtime.add_device_arguments(parser)
+    args = parser.parse_args()
+    if args.report is None and None in (args.segmenter, args.data):
+        parser.error("either --report OUT, or --segmenter RUN and --data DIR")
+    return args
+
+
+def main():
+    args = parse_args()
+    if args.report is not None:
+        report(args.report)
+        return
+    name = args.name or args.segmenter.name
+    rows = runtime.read_csv(args.out) if args.out else []
+    has_row = any(row["model"] == name for row in rows)
+    weights = runtime.finished(args.segmenter, "--segmenter")
+    if args.skip_done and has_row and args.out.stat().st_mtime >= weights.stat().st_mtime:
+        return
+    row = table_row(name, scores(evaluate(args)))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        position = next((i for i, other in enumerate(rows) if other["model"] == name), len(rows))
+        runtime.write_csv(args.out, [*rows[:position], row, *rows[position + 1 :]])
+    print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

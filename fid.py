@@ -1,0 +1,418 @@
+"""Frechet Inception Distance between two sets of images: how far translated frames are from target photos (table 1).
+
+The distance is that of two Gaussians fitted to features of Inception v3 (Heusel et al. 2017, "GANs Trained by a Two
+Time-Scale Update Rule", eq. 6). Published values hold for one network and one preprocessing: TensorFlow's Inception
+of 2015, ported by https://github.com/mseitzer/pytorch-fid, fed with RGB resized to 299x299. Both are followed here, so
+a value can stand beside other papers'. This file needs nothing else of the repository: copy it where you like.
+
+    python fid.py translated/images cityscapes/leftImg8bit/train         # FID; fetches 95 MB of weights the first time
+    python fid.py A B --weights pt_inception-2015-12-05-6726825d.pth     # the same weights from a file, offline
+    python fid.py A B --weights random                                   # no weights at all; comparable to itself only
+    python fid.py A --save a.npz && python fid.py a.npz B                # pytorch-fid's statistics files, both ways
+    python fid.py A B --cache runs/fid --out results/fid.csv --name CUT  # keep statistics; add or replace a row
+    python fid.py A B --check                                            # are weights and folders there?
+
+Folders are searched recursively: name the folder of the images, not one that also holds labels. The value falls as the
+number of images grows, so compare sets of similar size, and at 2048 dimensions some thousands of images.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.linalg import lapack
+from torch import nn
+from torchvision.models import inception_v3
+from torchvision.transforms.functional import to_tensor
+from tqdm import tqdm
+
+# The hub checks the file against the start of its sha256, which is the last part of its name.
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
+INPUT_SIZE = (299, 299)
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+# What data passes before features of each width are read, under torchvision's names; the features are spatial means.
+STAGES = {
+    64: ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
+    192: ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
+    768: ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    2048: ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+}
+# TensorFlow's averages leave the padding out, torchvision's count it; its last block takes the maximum (pytorch-fid).
+AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+MAXIMUM = nn.MaxPool2d(3, stride=1, padding=1)
+POOLS = {f"Mixed_{name}": AVERAGE for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")} | {"Mixed_7c": MAXIMUM}
+
+
+class PoolPatch(nn.Module):
+    """One of torchvision's Inception blocks with another pooling in its pool branch, which is the last one.
+
+    The block still pools in its own way and the result is dropped: cheaper to read than three blocks written out again.
+    """
+
+    def __init__(self, block, pool):
+        super().__init__()
+        self.pool, self.branch_pool, self.block = pool, block.branch_pool, block
+        block.branch_pool = nn.Identity()
+
+    def forward(self, x):
+        *branches, _ = self.block._forward(x)
+        return torch.cat([*branches, self.branch_pool(self.pool(x))], 1)
+
+
+class InceptionFeatures(nn.Module):
+    """FID's Inception v3 up to one of its four depths: (B, 3, H, W) RGB in [0, 1] -> (B, dims) float32."""
+
+    def __init__(self, inception, dims):
+        super().__init__()
+        depths = [depth for depth in STAGES if depth <= dims]
+        self.blocks = nn.Sequential()
+        for name in (name for depth in depths for name in STAGES[depth]):
+            block = getattr(inception, name)
+            self.blocks.append(PoolPatch(block, POOLS[name]) if name in POOLS else block)
+
+    def forward(self, x):
+        x = resize(x).to(memory_format=torch.channels_last)  # a third faster than (B, C, H, W) on a CPU
+        # TF32 would keep three digits of a feature; cuDNN uses it unless told otherwise.
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            return self.blocks(2 * x - 1).mean(dim=(2, 3))
+
+
+def resize(x):
+    """(B, 3, H, W) float -> (B, 3, 299, 299) as pytorch-fid does: bilinear without antialiasing, or values differ."""
+    return x if x.shape[-2:] == INPUT_SIZE else F.interpolate(x, INPUT_SIZE, mode="bilinear", align_corners=False)
+
+
+def inception(weights="published", dims=2048, seed=0):
+    """FID's Inception v3 in eval mode on the CPU, mapping (B, 3, H, W) RGB in [0, 1] to (B, dims).
+
+    weights: "published" (downloaded once, into torch.hub's folder), "random" (drawn from `seed`, the same everywhere,
+    the caller's random state untouched) or a file like pytorch-fid's: torchvision's names, 1008 classes.
+    dims: 64, 192 (first, second max pool), 768 (before the auxiliary classifier) or 2048 (final average pool).
+    Raises ValueError if dims is another number, the file is no such checkpoint, or the download fails.
+    """
+    if dims not in STAGES:
+        raise ValueError(f"dims is {dims}, expected one of {', '.join(map(str, STAGES))}")
+    with torch.random.fork_rng(devices=[]):  # torchvision's layers draw initial weights that are overwritten below
+        network = inception_v3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    if weights == "random":
+        # He et al. 2015, which keeps a ReLU network's activations from vanishing over 48 layers. Uniform, for unlike
+        # normal numbers those pass through no logarithm and no cosine, whose last bits differ between machines.
+        generator = torch.Generator().manual_seed(seed)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=generator)
+    else:
+        state = download_weights() if weights == "published" else read_weights(weights)
+        try:
+            network.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            reason = f"torchvision's names, 1008 classes: {str(error).splitlines()[-1].strip()[:160]}"
+            raise ValueError(f"weights {weights}: do not fit FID's Inception v3 ({reason})") from error
+    features = InceptionFeatures(network.eval(), dims).eval().requires_grad_(False)
+    return features.to(memory_format=torch.channels_last)
+
+
+def download_weights():
+    """pytorch-fid's state dict, from torch.hub's folder or its address. Raises ValueError if it cannot be had."""
+    try:
+        return torch.hub.load_state_dict_from_url(
+            WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+        )
+    except Exception as error:  # no network, no disk, wrong hash, a damaged copy: the way out is the same
+        message = "cannot be loaded; get the file elsewhere and pass --weights FILE"
+        raise ValueError(f"{WEIGHTS_URL}: {message} ({' '.join(str(error).split())[:160]})") from error
+
+
+def read_weights(path):
+    """What torch.load finds in a file, running no code from it. Raises ValueError if that is nothing."""
+    if not os.path.isfile(path):
+        raise ValueError(f"weights {path}: no such file; expected published, random or a file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds for a file that is something else
+        raise ValueError(f"weights {path}: not a checkpoint that torch.load(weights_only=True) reads") from error
+
+
+def find_images(folder):
+    """Paths of all images below a folder, sorted. Links are followed, each real folder once, so that loops end.
+
+    Raises ValueError if there are fewer than two, OSError for a folder that cannot be listed.
+    """
+
+    def refuse(error):
+        raise error
+
+    images, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort()
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        names = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        images += [os.path.join(parent, name) for name in names]
+    if len(images) < 2:
+        raise ValueError(f"{folder}: {len(images)} images found, a covariance needs at least 2")
+    return sorted(images)
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Files -> (3, 299, 299) in [0, 1]. Each is resized here, in the worker, so that a folder may mix sizes."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":  # 16 or 32 bits a channel: Pillow would clip these at 255 and say nothing
+                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+                rgb = to_tensor(image.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ValueError(f"{path}: not an image that can be read ({error})") from error
+        return resize(rgb[None])[0]
+
+
+def statistics(images, network, batch_size=32, workers=0, cache=None):
+    """Mean (D,) and covariance (D, D; divided by n - 1) of a network's features, float64.
+
+    images: a folder, or paths; network: (B, 3, 299, 299) in [0, 1] -> (B, D), used on its own device; cache: a folder
+    where results are kept, found again only for the same weights and the same files (path, size, time of change).
+    Raises ValueError for fewer than two images, for one that cannot be read, and if features are not finite.
+    """
+    name = images if isinstance(images, (str, os.PathLike)) else "images"
+    paths = find_images(images) if name is images else [os.fspath(path) for path in images]
+    if len(paths) < 2:
+        raise ValueError(f"{len(paths)} images given, a covariance needs at least 2")
+    cached = cache and Path(cache) / f"{fingerprint(paths, network)}.npz"
+    if cached and cached.exists():
+        return load_statistics(cached)
+    device = next(network.parameters()).device
+    workers = min(workers, -(-len(paths) // batch_size))  # a worker takes whole batches: more would idle
+    pin = device.type == "cuda"
+    loader = torch.utils.data.DataLoader(ImageFiles(paths), batch_size, num_workers=workers, pin_memory=pin)
+    features = []
+    with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=None) as progress:
+        for batch in loader:
+            features.append(network(batch.to(device, non_blocking=True)).cpu().numpy())
+            progress.update(len(batch))
+    features = np.concatenate(features).astype(np.float64)  # 400 MB for 25,000 images at 2048: no running sums needed
+    mu, sigma = features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+    check_statistics(mu, sigma, name)
+    if cached:
+        save_statistics(cached, mu, sigma)
+    return mu, sigma
+
+
+def fingerprint(paths, network):
+    """What decides a set's statistics, hashed: the weights, and each file's path, size and time of change."""
+    digest = hashlib.sha256(b"fid.py 1")  # count up when preprocessing changes, and older caches are left alone
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for path in paths:
+        stat = os.stat(path)
+        digest.update(f"\n{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def check_statistics(mu, sigma, name):
+    """Raises ValueError unless mu is (D,), sigma (D, D), and both are finite real numbers."""
+    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size) or mu.size == 0:
+        raise ValueError(f"{name}: mu is {mu.shape} and sigma {sigma.shape}, expected (D,) and (D, D)")
+    if not all(array.dtype.kind in "fiu" and np.isfinite(array).all() for array in (mu, sigma)):
+        raise ValueError(f"{name}: mu or sigma holds values that are not finite real numbers")
+
+
+def load_statistics(path):
+    """mu (D,) and sigma (D, D) from an .npz as pytorch-fid writes it. Raises ValueError for anything else."""
+    try:
+        with np.load(path) as file:
+            mu, sigma = file["mu"], file["sigma"]
+    except Exception as error:  # numpy and zipfile raise many kinds for a file that is something else
+        raise ValueError(f"{path}: not statistics, expected an .npz with mu (D,) and sigma (D, D)") from error
+    check_statistics(mu, sigma, path)
+    return mu, sigma
+
+
+def save_statistics(path, mu, sigma):
+    """Writes mu (D,) and sigma (D, D) as an .npz that this file and pytorch-fid read."""
+    with replacing(path, "wb") as file:
+        np.savez(file, mu=mu, sigma=sigma)
+
+
+@contextlib.contextmanager
+def replacing(path, mode, **options):
+    """A file to write that takes the place of `path` at the end, so that nobody ever finds it half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), >= 0.
+
+    mu: (D,), sigma: (D, D), symmetric and positive semi-definite, of any rank (Dowson and Landau 1982). With S = L L^T
+    the eigenvalues of S1 S2 are the squared singular values of L1^T L2, so the trace of the root is those values' sum:
+    real always, and without the digits that roots of eigenvalues near zero lose. Raises ValueError for anything else.
+    """
+    mu1, sigma1, mu2, sigma2 = map(np.asarray, (mu1, sigma1, mu2, sigma2))
+    check_statistics(mu1, sigma1, "first set")
+    check_statistics(mu2, sigma2, "second set")
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"first set has {mu1.size} dimensions, second set {mu2.size}: take the same --dims for both")
+    mu1, sigma1, mu2, sigma2 = (array.astype(np.float64) for array in (mu1, sigma1, mu2, sigma2))
+    root1, root2 = covariance_factor(sigma1, "first set"), covariance_factor(sigma2, "second set")
+    trace_of_root = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()  # (rank 1, rank 2): small for few images
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
+    return max(float(distance), 0.0)  # rounding may leave -1e-16 of the traces
+
+
+def covariance_factor(sigma, name):
+    """L (D, rank) with L L^T = sigma (D, D). Raises ValueError if sigma is not symmetric positive semi-definite."""
+    # Cholesky with pivots: rank is short when images are fewer than dimensions. It stops at D * eps * largest variance.
+    factor, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    root = np.empty((len(sigma), rank))
+    root[pivots - 1] = np.tril(factor)[:, :rank]
+    if np.abs(root @ root.T - sigma).max() > 1e-6 * np.abs(sigma).max():
+        raise ValueError(f"{name}: sigma is no covariance, it is not symmetric or has a negative eigenvalue")
+    return root
+
+
+def column_name(weights, dims):
+    """What the distance may be called: FID is only what the real weights give at 2048 dimensions."""
+    return ("frechet_random_inception" if weights == "random" else "FID") + ("" if dims == 2048 else f"_{dims}")
+
+
+def read_rows(path, column):
+    """Columns and rows of a CSV, or new ones if it does not exist. Raises ValueError if it lacks `column`."""
+    if not Path(path).exists():
+        return ["model", column], []
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), reader.fieldnames or []
+    if "model" not in columns or column not in columns or any(None in row for row in rows):
+        raise ValueError(f"{path}: its columns are {','.join(columns)[:80]}, not model,{column}: choose another --out")
+    return columns, rows
+
+
+def write_row(path, model, column, distance):
+    """Adds the model's row to a CSV with the columns model and `column`, or replaces its distance there."""
+    columns, rows = read_rows(path, column)
+    if not any(row["model"] == model for row in rows):
+        rows.append({"model": model})
+    rows = [row | {column: f"{distance:.6g}"} if row["model"] == model else row for row in rows]
+    with replacing(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def fail(message):
+    """Ends the program with one line on stderr and status 2."""
+    print(f"fid.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # argparse would print its usage as well
+    parser.add_argument("A", nargs="?", help="folder of images, or statistics (.npz)")
+    parser.add_argument("B", nargs="?", help="the same, to compare with; may be left out with --save or --check")
+    parser.add_argument("--weights", default="published", help="published (default), random, or a file")
+    parser.add_argument("--dims", type=int, default=2048, choices=list(STAGES), help="width of the features (2048)")
+    parser.add_argument("--out", help="CSV in which the row --name gets the distance")
+    parser.add_argument("--name", help="model that --out's row is for")
+    parser.add_argument("--save", help="write A's statistics to this .npz")
+    parser.add_argument("--cache", help="folder where statistics of folders are kept and found again (none)")
+    parser.add_argument("--check", action="store_true", help="look for weights and inputs, say so, compute nothing")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time (32)")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="reading processes (up to 8)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of --weights random (0)")
+    args = parser.parse_args()
+    if not args.check and (args.A is None or (args.B is None and not args.save)):
+        fail("A and B are needed: two folders of images or .npz statistics (A alone with --save FILE.npz)")
+    if (args.out is None) != (args.name is None) or (args.out is not None and args.B is None and not args.check):
+        fail("--out FILE.csv and --name MODEL go together, with A and B")
+    if args.save and not args.save.endswith(".npz"):
+        fail(f"--save {args.save}: the name must end in .npz")
+    if args.batch_size < 1 or args.workers < 0 or not 0 <= args.seed < 2**63:
+        fail("--batch-size must be at least 1, --workers at least 0, --seed between 0 and 2^63 - 1")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {args.device}: cannot be used here: {str(error).splitlines()[0]}")
+    return args
+
+
+def open_input(path, dims):
+    """(mu, sigma) of an .npz, or the list of a folder's images; ValueError if it is neither or does not fit."""
+    if os.path.isdir(path):
+        return find_images(path)
+    if not os.path.isfile(path) or not path.lower().endswith(".npz"):
+        state = "not one" if os.path.exists(path) else "not there"
+        raise ValueError(f"{path}: {state}, expected a folder of images or an .npz of statistics")
+    mu, sigma = load_statistics(path)
+    if mu.size != dims:
+        raise ValueError(f"{path}: statistics of {mu.size} dimensions, but --dims is {dims}")
+    return mu, sigma
+
+
+def run(args):
+    column = column_name(args.weights, args.dims)
+    if args.out is not None:
+        read_rows(args.out, column)  # before hours of work, not after
+    paths = [path for path in (args.A, args.B) if path is not None]
+    inputs = [open_input(path, args.dims) for path in paths]
+    if args.check or any(isinstance(data, list) for data in inputs):
+        network = inception(args.weights, args.dims, args.seed).to(args.device)
+    if args.check:
+        found = [f"{len(data)} images" if isinstance(data, list) else "statistics" for data in inputs]
+        found = [f"{path}: {what}" for path, what in zip(paths, found, strict=True)]
+        print("; ".join([f"all is well: weights {args.weights}, column {column}", *found]))
+        return
+    for k, path in enumerate(paths):
+        if isinstance(inputs[k], list):
+            inputs[k] = statistics(path, network, args.batch_size, args.workers, args.cache)
+    if args.save:
+        save_statistics(args.save, *inputs[0])
+    if len(inputs) == 2:
+        distance = frechet_distance(*inputs[0], *inputs[1])
+        print(f"{column} {distance:.6g}")
+        if args.out is not None:
+            write_row(args.out, args.name, column, distance)
+
+
+def main():
+    args = parse_arguments()
+    try:
+        run(args)
+    except torch.OutOfMemoryError:
+        fail(f"--batch-size {args.batch_size}: not enough memory on {args.device}, choose a smaller one")
+    except (OSError, ValueError, csv.Error) as error:
+        # An error from a reading process comes with its traceback, the message itself in the last line.
+        fail((str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("ValueError: "))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# The whole method: data, the four stages, the baselines, tables 1 to 3 and figures 3 and 4.
+#
+#   bash run_all.sh                                        # a drawn pair of domains, minutes, no GPU needed
+#   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
+#   bash run_all.sh test                                   # the tests
+#
+# Run again, it skips what is finished and goes on with what is not. Variables, all optional:
+#   OUT                where everything goes (runs/demo, with real data runs/paper)
+#   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
+#   SEED               (0)
+#   ITERATIONS_SCALE   one factor over every iteration count; 0.001 tries everything in minutes (1)
+#   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; real data: published)
+#   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
+#   PYTHON             the Python to use as it is, without any set-up
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() { echo "run_all.sh: $*" >&2; exit 2; }
+title() { printf '\n== %s\n' "$*"; }
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up: the active Python if it has the requirements, else .venv beside this file.
+
+has_requirements() { # PYTHON FILE...: is every package there, in its least version or a newer one?
+    "$1" - "${@:2}" 2>/dev/null <<'END'
+import re, sys
+from importlib.metadata import version
+numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)[:3]]
+assert sys.version_info >= (3, 10)
+for path in sys.argv[1:]:
+    for name, least in re.findall(r"^([\w-]+)[>=]=([\d.]+)", open(path).read(), re.M):
+        assert numbers(version(name)) >= numbers(least)
+END
+}
+
+set_up() { # FILE...: requirements files; leaves the Python to use in PYTHON
+    if [ -n "${PYTHON:-}" ]; then return; fi
+    command -v python3 >/dev/null || fail "python3 is missing; on Debian and Ubuntu: apt install python3 python3-venv"
+    if has_requirements python3 "$@"; then PYTHON=python3; return; fi
+    PYTHON=$HERE/.venv/bin/python
+    if [ -x "$PYTHON" ] && has_requirements "$PYTHON" "$@"; then return; fi
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "python3 is $(python3 -V), 3.10 or newer is needed"
+    title "Set-up: installing the requirements into $HERE/.venv, once"
+    python3 -m venv "$HERE/.venv" || fail "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv"
+    local file files=()
+    for file in "$@"; do files+=(-r "$file"); done
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}"
+}
+
+if [ "${1:-}" = test ]; then
+    set_up "$HERE/requirements.txt" "$HERE/tests/requirements.txt"
+    cd "$HERE" && exec "$PYTHON" -m pytest "${@:2}"
+fi
+[ $# -eq 0 ] || fail "takes no argument but test: settings are variables, see the head of this file"
+set_up "$HERE/requirements.txt"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+METHODS=${METHODS-cyclegan cut fastcut_l5} SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1}
+case $ITERATIONS_SCALE in '' | . | *[!0-9.]* | *.*.*) fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed" ;; esac
+for method in $METHODS; do
+    case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS has $method: cyclegan, cut, fastcut, fastcut_l5" ;; esac
+done
+scaled() { awk -v n="$1" -v s="$ITERATIONS_SCALE" 'BEGIN { v = int(n * s + 0.5); print v < 1 ? 1 : v }'; }
+
+if [ -z "${SOURCE:-}${TARGET:-}" ]; then
+    # The demo: everything smaller, for two cores in 20 minutes. Source Only and Oracle get as many steps as CLADA in all.
+    OUT=${OUT:-runs/demo} FID_WEIGHTS=${FID_WEIGHTS:-random}
+    translate=450 segment=180 adapt=50
+    bounds=$((segment + adapt))
+    frames=(--source-count 160 --target-count 100 --val-count 40)
+    common=(--width 256 --workers 0 --log-every 10)
+    translator=(--base-channels 16 --crop-size 96 --lr 5e-4 --save-every 150)
+    small=(--batch-size 4 --crop-size 96x192 --save-every 100)
+    segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
+    adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
+    workers=0
+else
+    [ -n "${SOURCE:-}" ] && [ -n "${TARGET:-}" ] || fail "SOURCE and TARGET are two data sets: one without the other is no use"
+    # The paper: every setting is the scripts' default.
+    OUT=${OUT:-runs/paper} FID_WEIGHTS=${FID_WEIGHTS:-published}
+    translate=400000 segment=120000 adapt=20000
+    bounds=$segment
+    common=() translator=() segmenter=() adapter=()
+    workers=4
+fi
+common+=(--seed "$SEED")
+read -ra words <<<"${TRANSLATOR_ARGS:-}" && translator+=("${words[@]}")
+read -ra words <<<"${SEGMENTER_ARGS:-}" && segmenter+=("${words[@]}")
+read -ra words <<<"${ADAPT_ARGS:-}" && adapter+=("${words[@]}")
+
+run() { "$PYTHON" "$HERE/$1" "${@:2}"; }
+name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; esac; }
+photos_of() { if [ -d "$1/images" ]; then echo "$1/images"; else echo "$1/leftImg8bit/train"; fi; }
+
+train_translator() { # METHOD [ARG...]
+    run train_translator.py --source "$SOURCE" --target "$TARGET" --out "$OUT/translators/$1" --method "$1" \
+        --iterations "$(scaled $translate)" "${common[@]}" "${translator[@]}" "${@:2}"
+}
+train_segmenter() { # NAME DATA ITERATIONS [ARG...]
+    run train_segmenter.py --data "$2" --out "$OUT/segmenters/$1" --iterations "$(scaled "$3")" \
+        "${common[@]}" "${segmenter[@]}" "${@:4}"
+}
+adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
+    run adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --segmenter "$OUT/segmenters/fastcut_l5" \
+        --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
+}
+evaluate() { # MODEL NAME
+    run evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
+        --out "$OUT/results/table2.csv" --workers $workers --skip-done
+}
+distance() { # MODEL FOLDER
+    run fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" --workers $workers \
+        --name "$1" --out "$OUT/results/distances.csv"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiment
+
+mkdir -p "$OUT/results" "$OUT/statistics"
+if [ -z "${SOURCE:-}" ]; then
+    title "Stage 0: two domains are drawn"
+    run make_demo_data.py "$OUT/data" --seed "$SEED" "${frames[@]}"
+    SOURCE=$OUT/data/source TARGET=$OUT/data/target
+else
+    title "Preflight: data, weights and disk, before anything long starts"
+    run data.py "$TARGET" --split val
+    if [ -n "$METHODS" ]; then train_translator "${METHODS%% *}" --check; fi
+    train_segmenter source_only "$SOURCE" $bounds --check
+    train_segmenter oracle "$TARGET" $bounds --check
+    run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check
+    # A translated frame of 1024x563 takes about 1 MiB as PNG; checkpoints and weights about 1 GiB a method.
+    frames=$(find -L "$(photos_of "$SOURCE")" -type f | wc -l)
+    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + 2048)) free=$(df -Pm "$OUT" | awk 'END { print $4 }')
+    [ "$free" -ge "$needed" ] || fail "OUT=$OUT: about $needed MiB are needed on its disk, $free MiB are free"
+fi
+
+title "Stage 3: Source Only, the lower bound"
+train_segmenter source_only "$SOURCE" $bounds
+evaluate "Source Only" source_only
+title "Stage 3: Oracle, the upper bound"
+train_segmenter oracle "$TARGET" $bounds
+evaluate Oracle oracle
+title "Distance of the source's frames to the target's"
+distance Source "$(photos_of "$SOURCE")"
+
+for method in $METHODS; do
+    model=$(name_of "$method")
+    title "Stage 1: $model, the translator"
+    train_translator "$method"
+    title "Stage 2: the source set through $model"
+    run translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
+        --workers $workers
+    distance "$model" "$OUT/translated/$method/images"
+    title "Stage 3: the task model on $model's translations"
+    train_segmenter "$method" "$OUT/translated/$method" $segment
+    evaluate "$model" "$method"
+done
+
+if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
+    title "Stage 4: CLADA, FastCUT-L5's task model fine-tuned against a feature discriminator"
+    adapt_features clada
+    evaluate CLADA clada
+    title "Stage 4: the control, the same fine-tuning without the adversary"
+    adapt_features control --adversarial-weight 0
+    evaluate control control
+else
+    title "Stage 4 left out: CLADA starts from fastcut_l5, which METHODS ($METHODS) leaves out"
+fi
+
+title "Tables and figures, in $OUT/results"
+run evaluate.py --report "$OUT"

@@ -1,0 +1,216 @@
+"""The command lines: run_all.sh at the smallest scale, resuming, and what it says to mistakes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--width 128 --workers 0 --log-every 1"
+
+
+def run(*words, **environment):
+    return subprocess.run(words, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def script(name, *words):
+    return run(sys.executable, str(ROOT / name), *map(str, words))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair of domains")  # with spaces in its name
+    made = script(
+        "make_demo_data.py", out / "d", "--size", "64x128", "--source-count", 4, "--target-count", 3, "--val-count", 2
+    )
+    assert made.returncode == 0, made.stderr
+    return out / "d"
+
+
+@pytest.fixture(scope="module")
+def everything(pair):
+    """The paper's path through run_all.sh, two iterations a stage; a second call, which has nothing left to do."""
+    settings = {
+        "SOURCE": str(pair / "source"),
+        "TARGET": str(pair / "target"),
+        "OUT": str(pair.parent / "out"),
+        "PYTHON": sys.executable,
+        "METHODS": "cyclegan fastcut_l5",
+        "FID_WEIGHTS": "random",
+        "ITERATIONS_SCALE": "0.000005",
+        "TRANSLATOR_ARGS": f"--base-channels 4 --crop-size 64 {SMALL}",
+        "SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none --batch-size 2 --crop-size 64x128 {SMALL}",
+        "ADAPT_ARGS": f"--batch-size 2 --crop-size 64x128 {SMALL}",
+    }
+    first = run("bash", str(ROOT / "run_all.sh"), **settings)
+    assert first.returncode == 0, first.stderr
+    out = Path(settings["OUT"])
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")} | {p: p.stat().st_mtime_ns for p in out.rglob("0*.png")}
+    again = run("bash", str(ROOT / "run_all.sh"), **settings | {"METHODS": "fastcut_l5"})
+    assert again.returncode == 0, again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "a finished stage was done again"
+    return out, first.stdout
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_all_writes_every_table(everything):
+    out, printed = everything
+    table1, table2, table3 = (table(out / "results" / f"table{n}.csv") for n in (1, 2, 3))
+    assert [row["model"] for row in table1] == ["Source", "CycleGAN", "FastCUT-L5"]
+    assert list(table1[0]) == ["model", "frechet_random_inception", "seconds_per_iteration", "peak_memory_mib"]
+    assert all(float(row["frechet_random_inception"]) >= 0 for row in table1)
+    assert table1[0]["seconds_per_iteration"] == "" and float(table1[1]["seconds_per_iteration"]) > 0
+    models = ["Source Only", "CycleGAN", "FastCUT-L5", "control", "CLADA", "Oracle"]
+    assert [row["model"] for row in table2] == models
+    assert list(table2[0]) == ["model", "mIoU", "fwIoU", "pixel_accuracy", *data.CLASS_NAMES]
+    assert all(row["train"] == "" for row in table2)  # not in the truth
+    for row in table2:
+        ious = [float(row[name]) for name in data.CLASS_NAMES if row[name]]
+        assert float(row["mIoU"]) == pytest.approx(sum(ious) / len(ious), abs=0.01)
+    assert [row["class"] for row in table3] == [*data.CLASS_NAMES, "mIoU"]
+    for n in (1, 2, 3):
+        assert f"Table {n}:" in printed
+
+
+def test_run_all_draws_both_figures(everything):
+    out, _ = everything
+    for name, columns in (("translations", 3), ("segmentations", 4)):
+        figure = Image.open(out / "results" / f"{name}.png")
+        assert figure.width > 300 * columns and len(figure.getcolors(2**24)) > 50
+
+
+def test_translated_sets_fit_their_labels(everything):
+    translated = everything[0] / "translated" / "fastcut_l5"
+    source = {f.name: f for f in data.list_frames(Path(table_source(everything[0])))}
+    frames = data.list_frames(translated)
+    assert {f.name for f in frames} == set(source)
+    for frame in frames:
+        assert data.load_image(frame.image).shape[1:] == data.load_label_ids(frame.label).shape
+        assert torch.equal(data.load_label_ids(frame.label), data.load_label_ids(source[frame.name].label))
+
+
+def table_source(out):
+    import json
+
+    return json.loads((out / "segmenters" / "source_only" / "args.json").read_text())["data"]
+
+
+def test_run_directories_hold_what_they_should(everything):
+    run_directory = everything[0] / "translators" / "fastcut_l5"
+    assert {p.name for p in run_directory.iterdir()} == {
+        "args.json", "checkpoint.pt", "log.csv", "samples", "summary.json", "weights.pt",
+    }  # fmt: skip
+    rows = table(run_directory / "log.csv")
+    assert [int(row["iteration"]) for row in rows] == [1, 2]
+    assert {"D", "G_gan", "nce_x", "lr", "seconds_per_iteration", "peak_memory_mib"} <= set(rows[0])
+    assert (run_directory / "samples" / "0000002.png").is_file()
+
+
+def test_predictions_are_saved_as_label_ids(everything, pair, tmp_path):
+    result = script(
+        "evaluate.py", "--segmenter", everything[0] / "segmenters" / "oracle", "--data", pair / "target",
+        "--save-predictions", tmp_path / "p", "--workers", 0,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    files = sorted((tmp_path / "p").iterdir())
+    assert [f.name for f in files] == [f"demo_000000_{i:06d}_pred_labelIds.png" for i in range(2)]
+    assert set(data.load_label_ids(files[0]).unique().tolist()) <= {c.id for c in data.CLASSES}
+
+
+@pytest.mark.parametrize("method", ["cut", "cyclegan"])
+def test_an_interrupted_run_ends_as_one_that_was_not(pair, tmp_path, method):
+    words = [
+        "--source",
+        pair / "source",
+        "--target",
+        pair / "target",
+        "--method",
+        method,
+        "--iterations",
+        12,
+        "--save-every",
+        4,
+    ]
+    words += ["--base-channels", 4, "--crop-size", 64, *SMALL.split()]
+    assert script("train_translator.py", *words, "--out", tmp_path / "a").returncode == 0
+    command = [sys.executable, str(ROOT / "train_translator.py"), *map(str, words), "--out", str(tmp_path / "b")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "b" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() in (143, 0)  # 0 if the signal came too late
+    assert script("train_translator.py", *words, "--out", tmp_path / "b").returncode == 0
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
+    assert same(a, b)
+    logs = [
+        [{k: v for k, v in row.items() if k not in MEASURED} for row in table(tmp_path / name / "log.csv")] for name in "ab"
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 12
+
+
+MEASURED = ("seconds_per_iteration", "peak_memory_mib")
+
+
+def same(a, b):
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+TRANSLATOR = ["--method", "cut", "--crop-size", 64, "--width", 128]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("train_translator.py", ["--source", "nowhere", "--target", "nowhere", *TRANSLATOR], "nowhere: no such folder"),
+        ("train_segmenter.py", ["--data", "{pair}/source", "--encoder", "efficientnet-b9"], "efficientnet-b0 to"),
+        ("train_segmenter.py", ["--data", "{pair}/source", "--lr", "nan"], "--lr"),
+        ("train_segmenter.py", ["--data", "{pair}/source", "--encoder-weights", "no.pth"], "no.pth: No such file"),
+        ("train_segmenter.py", ["--data", "{pair}/source", "--device", "tpu9"], "--device tpu9"),
+        ("adapt_features.py", ["--source", "{pair}/source", "--target", "{pair}/target", "--segmenter", "x"], "--segmenter x"),
+        ("translate_dataset.py", ["--source", "{pair}/source", "--translator", "x"], "--translator x"),
+    ],
+)
+def test_mistakes_get_one_line(name, words, message, pair, tmp_path):
+    words = [str(word).replace("{pair}", str(pair)) for word in words]
+    result = script(name, *words, "--out", tmp_path / "out")
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SOURCE": "a"}, "one without the other"),
+        ({"METHODS": "pix2pix"}, "METHODS has pix2pix"),
+        ({"ITERATIONS_SCALE": "-1"}, "ITERATIONS_SCALE is -1"),
+    ],
+)
+def test_run_all_says_what_is_wrong(environment, message, tmp_path):
+    result = run("bash", str(ROOT / "run_all.sh"), PYTHON=sys.executable, OUT=str(tmp_path / "out"), **environment)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_run_is_not_resumed_with_other_arguments(everything, pair):
+    words = ["--data", pair / "source", "--out", everything[0] / "segmenters" / "source_only", "--lr", "0.5"]
+    result = script("train_segmenter.py", *words)
+    assert result.returncode == 2 and "--lr (was 0.0002, is 0.5)" in result.stderr

@@ -1,0 +1,91 @@
+"""Stage 3 of CLADA: train the task model F, a U-Net over EfficientNet, on one labelled data set.
+
+    python train_segmenter.py --data gta5 --out runs/source_only                       # Source Only
+    python train_segmenter.py --data translated/fastcut_l5 --out runs/fastcut_l5       # one per translated set
+    python train_segmenter.py --data cityscapes --split train --out runs/oracle        # Oracle
+
+Defaults are the paper's: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, Adam at 2e-4, a twentieth of it for the
+last third, the encoder frozen for the first third; pixel-wise cross entropy ignoring void, width 1024, crops of 512x512.
+An unfinished run is resumed by the same command.
+"""
+
+import torch
+
+import data
+import models
+import runtime
+from losses import segmentation_loss
+
+
+def parse_args(words=None):
+    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
+    parser.add_argument("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
+    parser.add_argument(
+        "--encoder-weights",
+        default="imagenet",
+        metavar="{imagenet,none,FILE}",
+        help="initial weights (default imagenet)",
+    )
+    parser.add_argument(
+        "--freeze-iterations",
+        type=runtime.count,
+        help="steps with a frozen encoder (default: a third of all, none if its weights are random)",
+    )
+    runtime.add_training_arguments(parser, iterations=120_000, batch_size=8, crop_size="512", lr=2e-4)
+    args = parser.parse_args(words)
+    if args.freeze_iterations is None:
+        args.freeze_iterations = 0 if args.encoder_weights == "none" else args.iterations // 3
+    return args
+
+
+def learning_rate(iteration, iterations, base):
+    """The paper's step: 2e-4, then 1e-5 for the last third (40k of 120k)."""
+    return base if iteration < iterations * 2 // 3 else base / 20
+
+
+def training_step(segmenter, optimizer, images, labels, autocast):
+    """Cross entropy over the pixels that are not void. images (B, 3, H, W) in [0, 1], labels (B, H, W) train ids."""
+    with autocast:
+        logits = segmenter(images)
+    loss = segmentation_loss(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return logits, loss
+
+
+def main():
+    args = parse_args()
+    frames = data.list_frames(args.data, args.split)
+    run = runtime.Run(args)
+    if run.is_finished:
+        print(f"{args.out}: finished")
+        return
+    torch.manual_seed(args.seed)
+    weights = None if args.encoder_weights == "none" else args.encoder_weights
+    segmenter = models.UNet(len(data.CLASSES), args.encoder, weights)
+    segmenter.to(run.device, memory_format=torch.channels_last).train()
+    optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
+    run.restore(segmenter=segmenter, optimizer=optimizer)
+
+    length = args.iterations * args.batch_size
+    dataset = data.Crops(frames, args.width, args.crop_size, length, args.seed, labelled=True)
+    for iteration, (images, labels) in run.iterations(dataset):
+        frozen = iteration < args.freeze_iterations
+        if segmenter.encoder_frozen != frozen:
+            segmenter.freeze_encoder(frozen)
+        lr = learning_rate(iteration, args.iterations, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
+        logits, loss = training_step(segmenter, optimizer, images, labels, runtime.autocast(run.device, args.precision))
+        run.log({"loss": loss}, lr=lr)
+        if run.saves_next:
+            run.save_grid(images, *(data.colourise(ids.cpu()) / 255 for ids in (logits.argmax(1), labels)))
+    run.finish(models.network_state(segmenter))
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

@@ -1,0 +1,144 @@
+"""Stage 2 of CLADA: translate a labelled data set with a trained translator; the labels carry over.
+
+    python translate_dataset.py --source gta5 --translator runs/fastcut_l5 --out translated/fastcut_l5
+
+Images are written at the width that the translator was trained for, height in proportion, labels beside them at the same
+size by nearest-exact, in GTA5's layout: OUT/images/NAME.png and OUT/labels/NAME.png, Cityscapes ids. An interrupted run
+is resumed by the same command.
+"""
+
+import hashlib
+import itertools
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import models
+import runtime
+
+
+def parse_args():
+    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
+    parser.add_argument("--source", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
+    parser.add_argument("--translator", type=Path, required=True, metavar="RUN", help="a finished run of train_translator.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the translated data set")
+    parser.add_argument("--batch-size", type=runtime.positive_int, default=1, help="frames at a time (default 1)")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it"
+    )
+    runtime.add_device_arguments(parser)
+    return parser.parse_args()
+
+
+class ResizedPairs(Dataset):
+    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8), both at `width`."""
+
+    def __init__(self, frames, width):
+        self.frames, self.width = frames, width
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i):
+        frame = self.frames[i]
+        image = data.resize_to_width(data.load_image(frame.image), self.width)
+        ids = data.resize_to_width(data.load_label_ids(frame.label), self.width)
+        return frame.name, image.as_subclass(torch.Tensor), ids.as_subclass(torch.Tensor)
+
+
+@torch.inference_mode()
+def translate(generator, images, autocast):
+    """(B, 3, H, W) uint8 -> (B, 3, H, W) uint8, the translation rounded to whole levels."""
+    x = data.to_signed(images).contiguous(memory_format=torch.channels_last)
+    with autocast:
+        fake = generator(x)
+    return ((fake.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_png(path, array, palette=None):
+    image = Image.fromarray(array)
+    if palette is not None:
+        image.putpalette(palette)
+    with runtime.whole_file(path) as temporary:
+        image.save(temporary)
+
+
+def check_disk(out, frames, width):
+    """ValueError if the free space is less than what the translation will take (PNG: 2 bytes a pixel at most here)."""
+    w, h = data.image_size(frames[0].image)
+    needed, free = len(frames) * 2 * width * round(h * width / w), shutil.disk_usage(out).free
+    if free < needed:
+        raise ValueError(f"--out {out}: {needed / 2**30:.1f} GiB needed for {len(frames)} frames, {free / 2**30:.1f} free")
+
+
+def main():
+    args = parse_args()
+    frames = data.list_frames(args.source, args.split)
+    weights = runtime.finished(args.translator, "--translator")
+    width = runtime.read_json(args.translator / "args.json")["width"]
+
+    # What the output depends on: a folder that was begun with something else is not gone on with.
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    facts = {
+        "source": args.source,
+        "split": args.split,
+        "width": width,
+        "batch_size": args.batch_size,
+        "weights": digest,
+    }
+    if (begun := args.out / "args.json").is_file() and (was := runtime.read_json(begun)) != facts:
+        changed = ", ".join(f"{key} (was {was.get(key)}, is {facts[key]})" for key in facts if was.get(key) != facts[key])
+        raise ValueError(f"--out {args.out}: begun with another {changed}; give another --out or remove it")
+    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    (args.out / "labels").mkdir(exist_ok=True)
+    runtime.write_json(begun, facts)
+
+    # Batches are cut before finished ones are left out: what stands beside a frame is the same in an interrupted run.
+    batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
+    done = {path.stem for path in (args.out / "images").glob("*.png")}
+    batches = [batch for batch in batches if not done.issuperset(frame.name for frame in batch)]
+    if not batches:
+        print(f"{args.out}: finished")
+        return
+    left = [frame for batch in batches for frame in batch]
+    check_disk(args.out, left, width)
+
+    device = runtime.pick_device(args.device)
+    precision = runtime.pick_precision(args.precision, device)
+    generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
+    starts = itertools.accumulate(map(len, batches), initial=0)
+    loader = DataLoader(
+        ResizedPairs(left, width),
+        batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)],
+        num_workers=args.workers,
+        collate_fn=list,  # frames differ in size
+    )
+    palette = [channel for color in _id_colours() for channel in color]
+    with tqdm(total=len(left), desc=str(args.out), mininterval=0.5) as bar:
+        for batch in loader:
+            for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
+                names, images, labels = zip(*group, strict=True)
+                images = torch.stack(images).to(device)
+                fakes = translate(generator, images, runtime.autocast(device, precision)).permute(0, 2, 3, 1).cpu().numpy()
+                for name, fake, label in zip(names, fakes, labels, strict=True):
+                    write_png(args.out / "labels" / f"{name}.png", label.numpy(), palette)
+                    write_png(args.out / "images" / f"{name}.png", fake)  # last: it says that the pair is done
+            bar.update(len(batch))
+
+
+def _id_colours():
+    colours = [(0, 0, 0)] * 256
+    for c in data.Cityscapes.classes:
+        if c.id >= 0:
+            colours[c.id] = c.color
+    return colours
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)
