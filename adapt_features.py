@@ -5,7 +5,9 @@
 D_feat sees an intermediate layer of F (--layer) and learns to tell translated source from target; F learns to make target
 frames pass for source, while its supervised loss on translated source goes on. Two optimisers, and the gate of CyCADA
 (Hoffman et al. 2018): the adversarial term reaches F only while D_feat's accuracy over its last 100 batches is above 60%.
-Labels of the target are not read. --adversarial-weight 0 is the control: the same fine-tuning without an adversary.
+Labels of the target are not read. --adversarial-weight 0 is the control: the same fine-tuning, target frames passing
+through F and its BatchNorm statistics included, but for the adversary's gradient. CyCADA holds back F's whole step where
+the gate is shut; here the supervised loss goes on (ours, as are all of this stage's rates, its layer and its iterations).
 An unfinished run is resumed by the same command.
 """
 
@@ -31,7 +33,8 @@ def parse_args(words=None):
     parser.add_argument(
         "--segmenter", type=Path, required=True, metavar="RUN", help="a finished run of train_segmenter.py on --source"
     )
-    parser.add_argument("--layer", default="decoder3", help="of F: encoder1 to 5, decoder1 to 5 (default decoder3)")
+    layers = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
+    parser.add_argument("--layer", choices=layers, default="decoder3", help="of F (default decoder3, at stride 4)")
     parser.add_argument(
         "--adversarial-weight", type=runtime.non_negative, default=0.1, help="of the adversarial term (default 0.1)"
     )
@@ -89,8 +92,7 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
     opt_D.step()
 
     # F: supervised on translated source; where the gate is open, also to make the target's features look like source.
-    losses = {"task": segmentation_loss(logits, labels)}
-    loss_F = losses["task"]
+    task = loss_F = segmentation_loss(logits, labels)
     is_open = gate.opens(accuracy)
     D.requires_grad_(False)
     if is_open and weight > 0:
@@ -100,22 +102,22 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
     loss_F.backward()
     opt_F.step()
     D.requires_grad_(True)
-    return losses | {"D": loss_D, "D_accuracy": accuracy}
+    return {"task": task, "D": loss_D, "D_accuracy": accuracy}
 
 
 def main():
     args = parse_args()
-    source = data.list_frames(args.source)
     target = data.list_frames(args.target, args.target_splits, labelled=False)
-    weights = runtime.finished(args.segmenter, "--segmenter")
     run = runtime.Run(args)
+    if args.check:
+        run.restore()  # ends here: what stages 2 and 3 leave need not be there yet
+    source = data.list_frames(args.source)
+    weights = runtime.finished(args.segmenter, "--segmenter")
     if run.is_finished:
         print(f"{args.out}: finished")
         return
     torch.manual_seed(args.seed)
     segmenter = models.load_network(weights, models.UNet, run.device).to(memory_format=torch.channels_last).train()
-    if args.layer not in segmenter.feature_channels:
-        raise ValueError(f"--layer {args.layer}: one of {', '.join(segmenter.feature_channels)}")
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
     opt_F = runtime.adam(segmenter.parameters(), lr=args.lr)
     opt_D = runtime.adam(discriminator.parameters(), lr=args.discriminator_lr)
@@ -140,9 +142,12 @@ def main():
             args.adversarial_weight,
             runtime.autocast(run.device, args.precision),
         )
-        run.log(losses, gate_open=round(gate.opened / gate.asked, 4))
-    print(f"{args.out}: the gate let the adversary through in {gate.opened} of {gate.asked} steps")
-    run.finish(models.network_state(segmenter), gate_opened=gate.opened)
+        run.log(losses, gate_open_share=round(gate.opened / gate.asked, 4))
+    if args.adversarial_weight > 0:
+        print(f"{args.out}: the gate let the adversary through in {gate.opened} of {gate.asked} steps")
+        if gate.opened == 0:
+            print(f"{args.out}: D_feat never passed --gate {args.gate}: this is fine-tuning without an adversary")
+    run.finish(models.network_state(segmenter), gate_opened=gate.opened, gate_asked=gate.asked)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ def _by_stem(paths, ending=""):
     """Sorted {stem without ending: path}; two files of one stem would be written to one name later."""
     found = {}
     for path in sorted(paths):
+        if path.name.startswith("."):  # what an interrupted writer or a file manager left
+            continue
         name = path.stem.removesuffix(ending)
         if name in found:
             raise ValueError(f"{path}: there is {found[name]} too, and names must be unique")
@@ -180,8 +182,11 @@ def resize_to_width(frame, width):
     if old_width == width:
         return frame
     size = [max(1, round(height * width / old_width)), width]
-    if isinstance(frame, tv_tensors.Mask):  # nearest-exact: plain nearest would shift labels by half a pixel
-        return v2.functional.resize(frame, size, InterpolationMode.NEAREST_EXACT)
+    if isinstance(frame, tv_tensors.Mask):
+        # Nearest-exact, since plain nearest shifts labels by half a pixel. As a plain image of one channel: for a Mask,
+        # torchvision before 0.29 takes plain nearest whatever it is told.
+        resized = v2.functional.resize(frame.as_subclass(torch.Tensor)[None], size, InterpolationMode.NEAREST_EXACT)
+        return tv_tensors.Mask(resized[0])
     return v2.functional.resize(frame, size, InterpolationMode.BILINEAR, antialias=True)
 
 
@@ -241,19 +246,17 @@ class Crops(Dataset):
 
 
 class Frames(Dataset):
-    """Whole frames in order: (3, h, w) uint8 at `width` (None: as they are), and the label at its own resolution or None."""
+    """Whole labelled frames in order: (3, h, w) uint8 at `width`, and (H, W) uint8 train ids at the label's own size."""
 
-    def __init__(self, frames, width=None, labelled=True):
-        self.frames, self.width, self.labelled = frames, width, labelled
+    def __init__(self, frames, width):
+        self.frames, self.width = frames, width
 
     def __len__(self):
         return len(self.frames)
 
     def __getitem__(self, i):
-        image = load_image(self.frames[i].image)
-        label = load_label(self.frames[i].label).as_subclass(torch.Tensor) if self.labelled else None
-        image = image if self.width is None else resize_to_width(image, self.width)
-        return image.as_subclass(torch.Tensor), label
+        image, label = load_image(self.frames[i].image), load_label(self.frames[i].label)
+        return resize_to_width(image, self.width).as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
 
 def _mix(*numbers):

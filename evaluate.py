@@ -194,15 +194,16 @@ def print_table(title, rows):
 
 def translations_figure(out, path):
     """Figure 3: source frames beside each model's translation."""
-    translated = {name: out / "translated" / folder for name, folder in MODELS.items()}
-    translated = {name: data.list_frames(folder, labelled=False) for name, folder in translated.items() if folder.is_dir()}
+    folders = {name: out / "translated" / folder for name, folder in MODELS.items()}
+    folders = {name: folder for name, folder in folders.items() if any(folder.glob("images/[!.]*.png"))}
+    translated = {name: data.list_frames(folder, labelled=False) for name, folder in folders.items()}
     if not translated:
         return
     source = runtime.read_json(out / "segmenters" / "source_only" / "args.json")["data"]
     by_name = [
         {f.name: f.image for f in frames} for frames in ([*data.list_frames(source, labelled=False)], *translated.values())
     ]
-    names = [frame.name for frame in next(iter(translated.values()))]
+    names = sorted(set.intersection(*map(set, by_name)))  # a set may be unfinished
     rows = [[picture(data.load_image(images[name])) for images in by_name] for name in spread(names)]
     save_figure(path, ["Source", *translated], rows)
 
@@ -276,7 +277,7 @@ def parse_args():
         "--save-predictions", type=Path, metavar="DIR", help="write label ids as the Cityscapes server takes them"
     )
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it"
+        "--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="(default fp32: scores of any machine agree)"
     )
     runtime.add_device_arguments(parser)
     args = parser.parse_args()

@@ -327,14 +327,15 @@ def efficientnet(name, weights=None):
         raise ValueError(f"encoder {name!r} is unknown: efficientnet-b0 to efficientnet-b7")
     # image_size=None: pad for the size at hand. By default the package pads for the one size a variant was trained at,
     # which shifts the features of all others.
+    # batch_norm_momentum=0.9: running statistics move by 10% a step, as torch has it. The package's 1% suits 300k steps of
+    # ImageNet; after a short training they lag so far behind that evaluation sees another network.
+    options = {"image_size": None, "batch_norm_momentum": 0.9}
     if weights is None:
-        # The package's running statistics move by 1% a step, which suits its 300k steps of ImageNet and no short training
-        # from random weights: 10%, as torch has it.
-        network = EfficientNet.from_name(name, image_size=None, batch_norm_momentum=0.9)
+        network = EfficientNet.from_name(name, **options)
     else:
         path = None if weights == "imagenet" else str(weights)
         try:
-            network = EfficientNet.from_pretrained(name, weights_path=path, image_size=None)
+            network = EfficientNet.from_pretrained(name, weights_path=path, **options)
         except OSError as error:
             if path is None:
                 raise ValueError(

@@ -9,7 +9,7 @@
 #   OUT                where everything goes (runs/demo, with real data runs/paper)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
 #   SEED               (0)
-#   ITERATIONS_SCALE   one factor over every iteration count; 0.001 tries everything in minutes (1)
+#   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; real data: published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
 #   PYTHON             the Python to use as it is, without any set-up
@@ -42,7 +42,7 @@ set_up() { # FILE...: requirements files; leaves the Python to use in PYTHON
     if [ -x "$PYTHON" ] && has_requirements "$PYTHON" "$@"; then return; fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "python3 is $(python3 -V), 3.10 or newer is needed"
     title "Set-up: installing the requirements into $HERE/.venv, once"
-    python3 -m venv "$HERE/.venv" || fail "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv"
+    [ -x "$PYTHON" ] || python3 -m venv --clear "$HERE/.venv" || fail "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv"
     local file files=()
     for file in "$@"; do files+=(-r "$file"); done
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}"
@@ -58,22 +58,22 @@ set_up "$HERE/requirements.txt"
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
-METHODS=${METHODS-cyclegan cut fastcut_l5} SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1}
+METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1}
 case $ITERATIONS_SCALE in '' | . | *[!0-9.]* | *.*.*) fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed" ;; esac
 for method in $METHODS; do
     case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS has $method: cyclegan, cut, fastcut, fastcut_l5" ;; esac
 done
-scaled() { awk -v n="$1" -v s="$ITERATIONS_SCALE" 'BEGIN { v = int(n * s + 0.5); print v < 1 ? 1 : v }'; }
+scaled() { LC_ALL=C awk -v n="$1" -v s="$ITERATIONS_SCALE" 'BEGIN { v = int(n * s + 0.5); print v < 1 ? 1 : v }'; }
 
 if [ -z "${SOURCE:-}${TARGET:-}" ]; then
     # The demo: everything smaller, for two cores in 20 minutes. Source Only and Oracle get as many steps as CLADA in all.
     OUT=${OUT:-runs/demo} FID_WEIGHTS=${FID_WEIGHTS:-random}
-    translate=450 segment=180 adapt=50
+    translate=450 segment=260 adapt=60
     bounds=$((segment + adapt))
     frames=(--source-count 160 --target-count 100 --val-count 40)
-    common=(--width 256 --workers 0 --log-every 10)
-    translator=(--base-channels 16 --crop-size 96 --lr 5e-4 --save-every 150)
-    small=(--batch-size 4 --crop-size 96x192 --save-every 100)
+    common=(--workers 0 --log-every 10)
+    translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --save-every 150)
+    small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
     segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
     adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
     workers=0
@@ -127,14 +127,18 @@ if [ -z "${SOURCE:-}" ]; then
 else
     title "Preflight: data, weights and disk, before anything long starts"
     run data.py "$TARGET" --split val
-    if [ -n "$METHODS" ]; then train_translator "${METHODS%% *}" --check; fi
+    [ -d "$TARGET/leftImg8bit/val" ] || fail "TARGET=$TARGET: no leftImg8bit/val there, which the evaluation needs"
+    for method in $METHODS; do train_translator "$method" --check; done
     train_segmenter source_only "$SOURCE" $bounds --check
     train_segmenter oracle "$TARGET" $bounds --check
-    run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check
+    if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
+    run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
+        --name Source --out "$OUT/results/distances.csv"
     # A translated frame of 1024x563 takes about 1 MiB as PNG; checkpoints and weights about 1 GiB a method.
     frames=$(find -L "$(photos_of "$SOURCE")" -type f | wc -l)
-    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + 2048)) free=$(df -Pm "$OUT" | awk 'END { print $4 }')
-    [ "$free" -ge "$needed" ] || fail "OUT=$OUT: about $needed MiB are needed on its disk, $free MiB are free"
+    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + 2048)) free=$(df --output=avail -m "$OUT" | tail -n 1)
+    held=$(du -sm "$OUT" | cut -f 1) # what an earlier call has written already
+    [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk,$free are free"
 fi
 
 title "Stage 3: Source Only, the lower bound"

@@ -54,6 +54,8 @@ def run_script(main):
     except FloatingPointError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def positive_int(text):
@@ -92,9 +94,9 @@ def parser(description, commands):
     )
 
 
-def add_device_arguments(parser, workers=4):
+def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default)")
-    parser.add_argument("--workers", type=count, default=workers, help=f"processes that load images (default {workers})")
+    parser.add_argument("--workers", type=count, default=4, help="processes that load images (default 4)")
     parser.add_argument("--seed", type=count, default=0, help="of all that is random (default 0)")
 
 
@@ -134,7 +136,7 @@ def pick_device(name):
         raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from error
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # crops have one size
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True  # convolutions alone: PatchNCE's products need float32's digits
     return device
 
 
@@ -274,7 +276,9 @@ class Run:
         """Yield (iteration, batch on the device) for the steps that are left; logs, saves, and stops on signals."""
         args, cuda = self.args, self.device.type == "cuda"
         batches = _Batches(self.iteration, args.iterations, args.batch_size)
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda)
+        loader = DataLoader(
+            dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=_ignore_interrupts
+        )
         bar = tqdm(
             total=args.iterations,
             initial=self.iteration,
@@ -283,13 +287,13 @@ class Run:
         )
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.interval_start = time.perf_counter()
+        self.interval_start, self.steps_timed = time.perf_counter(), 0  # a resumed interval is timed from here on
         with _caught_signals() as signals, bar:
             for batch in loader:
                 torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
                 yield self.iteration, _to_device(batch, self.device)
                 self.iteration += 1
-                bar.update()
+                self.steps_timed += 1
                 last = self.iteration == args.iterations
                 if last or self.iteration % args.log_every == 0:
                     self._write_log()
@@ -297,6 +301,7 @@ class Run:
                     self.save()
                 if signals and not last:
                     sys.exit(128 + signals[0])
+                bar.update()
 
     @property
     def saves_next(self):
@@ -312,15 +317,15 @@ class Run:
         self.values = values
 
     def _write_log(self):
-        seconds = (time.perf_counter() - self.interval_start) / max(1, self.steps_summed)
-        means = self._finite_means()
+        means = self._finite_means()  # waits for the device, so that the time below is that of finished steps
+        seconds = (time.perf_counter() - self.interval_start) / self.steps_timed
         self.rows.append(
             {"iteration": self.iteration}
             | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
             | {"seconds_per_iteration": f"{seconds:.4f}", "peak_memory_mib": f"{peak_memory_mib(self.device):.0f}"}
         )
         write_csv(self.out / "log.csv", self.rows)
-        self.sums, self.steps_summed, self.interval_start = {}, 0, time.perf_counter()
+        self.sums, self.steps_summed, self.steps_timed, self.interval_start = {}, 0, 0, time.perf_counter()
 
     def _finite_means(self):
         means = {name: float(total) / self.steps_summed for name, total in self.sums.items()}
@@ -333,8 +338,8 @@ class Run:
 
     def save(self):
         """Write checkpoint.pt; a state whose losses are not finite is never saved."""
-        start = time.perf_counter()
         self._finite_means()
+        start = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.state.items()}
         with whole_file(self.checkpoint) as temporary:
             torch.save(
@@ -345,6 +350,8 @@ class Run:
 
     def save_grid(self, *columns):
         """Images (B, 3, h, w) in [0, 1], a column each and a row a sample -> samples/ITERATION.png."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         rows = torch.stack([c.detach().float().cpu().clamp(0, 1) for c in columns], dim=1).flatten(0, 1)
         with whole_file(self.out / "samples" / f"{self.iteration + 1:07d}.png") as temporary:
@@ -393,11 +400,15 @@ def _caught_signals():
             signal.signal(number, handler)
 
 
+def _ignore_interrupts(worker):
+    """A signal to the process group reaches the workers too, which the trainer needs until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _to_device(batch, device):
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: _to_device(part, device) for name, part in batch.items()}
     return [_to_device(part, device) for part in batch]
 
 

@@ -139,7 +139,8 @@ class CycleTranslation:
     def step(self, x, y, autocast):
         """x, y: (B, 3, H, W) in [-1, 1] -> (translated x, losses by name)."""
         args, G, G_back, D_y, D_x = self.args, self.G, self.G_back, self.D_y, self.D_x
-        D_y.requires_grad_(False), D_x.requires_grad_(False)
+        for discriminator in (D_y, D_x):
+            discriminator.requires_grad_(False)
         with autocast:
             fake_y, fake_x = G(x), G_back(y)
             losses = {
@@ -152,7 +153,8 @@ class CycleTranslation:
                 loss_G = loss_G + args.identity_weight * losses["identity"]
         update(self.opt_G, loss_G)
 
-        D_y.requires_grad_(True), D_x.requires_grad_(True)
+        for discriminator in (D_y, D_x):
+            discriminator.requires_grad_(True)
         with autocast:
             loss_D = discriminator_loss(D_y, y, self.pool_y.exchange(fake_y.detach()), args.gan_loss)
             loss_D = loss_D + discriminator_loss(D_x, x, self.pool_x.exchange(fake_x.detach()), args.gan_loss)

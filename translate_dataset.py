@@ -70,7 +70,7 @@ def write_png(path, array, palette=None):
 
 
 def check_disk(out, frames, width):
-    """ValueError if the free space is less than what the translation will take (PNG: 2 bytes a pixel at most here)."""
+    """ValueError if the free space is less than what the translation will take (about 2 bytes a pixel as PNG)."""
     w, h = data.image_size(frames[0].image)
     needed, free = len(frames) * 2 * width * round(h * width / w), shutil.disk_usage(out).free
     if free < needed:
@@ -101,7 +101,7 @@ def main():
 
     # Batches are cut before finished ones are left out: what stands beside a frame is the same in an interrupted run.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
-    done = {path.stem for path in (args.out / "images").glob("*.png")}
+    done = {path.stem for path in (args.out / "images").glob("[!.]*.png")}
     batches = [batch for batch in batches if not done.issuperset(frame.name for frame in batch)]
     if not batches:
         print(f"{args.out}: finished")

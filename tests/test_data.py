@@ -136,6 +136,12 @@ def test_image_and_label_stay_aligned_through_resizing(tmp_path, size, width):
     assert agreement(image, ids) > (0.99 if width == size[1] else 0.85)
 
 
+def test_labels_are_resized_nearest_exact():
+    """Each pixel takes the label under its centre: 2 pixels into each block of 4, not its corner."""
+    ids = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    assert torch.equal(data.resize_to_width(data.tv_tensors.Mask(ids), 2), ids[2::4, 2::4])
+
+
 def agreement(image, ids):
     """The part of pixels whose colour is that of their id, give or take what antialiasing does at borders."""
     expected = torch.from_numpy(colour_of(ids.numpy())).permute(2, 0, 1)
