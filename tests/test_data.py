@@ -118,8 +118,8 @@ def test_labels_that_are_none_are_refused_by_name(tmp_path, image, message):
 
 
 def test_damaged_images_are_refused_by_name(tmp_path):
-    Image.fromarray(draw_pair(0, 64, 64)[0]).save(tmp_path / "bad.png")
-    (tmp_path / "bad.png").write_bytes((tmp_path / "bad.png").read_bytes()[:-300])
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)).save(tmp_path / "bad.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "bad.png").read_bytes()[:6000])
     with pytest.raises(ValueError, match="bad.png: damaged"):
         data.load_image(tmp_path / "bad.png")
 
@@ -133,7 +133,10 @@ def test_image_and_label_stay_aligned_through_resizing(tmp_path, size, width):
         data.resize_to_width(load(path), width) for load, path in zip((data.load_image, data.load_label_ids), frame[1:])
     )
     assert image.shape[1:] == ids.shape == (round(size[0] * width / size[1]), width)
-    assert agreement(image, ids) > (0.99 if width == size[1] else 0.85)
+    # Antialiasing mixes colours at borders, so that not all agree; but by no shift do more.
+    shifts = [(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)]
+    found = [agreement(image, ids.roll(shift, (0, 1))) for shift in shifts]
+    assert found[0] == max(found) and found.count(found[0]) == 1 and found[0] > (0.99 if width == size[1] else 0.7)
 
 
 def test_labels_are_resized_nearest_exact():

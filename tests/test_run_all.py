@@ -1,6 +1,7 @@
 """The command lines: run_all.sh at the smallest scale, resuming, and what it says to mistakes."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -105,8 +106,6 @@ def test_translated_sets_fit_their_labels(everything):
 
 
 def table_source(out):
-    import json
-
     return json.loads((out / "segmenters" / "source_only" / "args.json").read_text())["data"]
 
 
@@ -128,25 +127,15 @@ def test_predictions_are_saved_as_label_ids(everything, pair, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     files = sorted((tmp_path / "p").iterdir())
-    assert [f.name for f in files] == [f"demo_000000_{i:06d}_pred_labelIds.png" for i in range(2)]
+    names = [frame.name for frame in data.list_frames(pair / "target", "val")]
+    assert len(names) == 2 and [f.name for f in files] == [f"{name}_pred_labelIds.png" for name in names]
     assert set(data.load_label_ids(files[0]).unique().tolist()) <= {c.id for c in data.CLASSES}
 
 
 @pytest.mark.parametrize("method", ["cut", "cyclegan"])
 def test_an_interrupted_run_ends_as_one_that_was_not(pair, tmp_path, method):
-    words = [
-        "--source",
-        pair / "source",
-        "--target",
-        pair / "target",
-        "--method",
-        method,
-        "--iterations",
-        40,
-        "--save-every",
-        4,
-    ]
-    words += ["--base-channels", 4, "--crop-size", 64, *SMALL.split()]
+    words = ["--source", pair / "source", "--target", pair / "target", "--method", method, *SMALL.split()]
+    words += ["--iterations", 40, "--save-every", 4, "--base-channels", 4, "--crop-size", 64]
     assert script("train_translator.py", *words, "--out", tmp_path / "a").returncode == 0
     command = [sys.executable, str(ROOT / "train_translator.py"), *map(str, words), "--out", str(tmp_path / "b")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
