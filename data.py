@@ -205,7 +205,7 @@ class Crops(Dataset):
     """Random crops of a shuffled data set without end: sample k depends on `seed`, `stream` and k alone.
 
     Every frame is used once before any is used twice, in a new order each time. Each sample is resized to `width`, cropped
-    to `crop` (height, width), and flipped half of the time. Give (3, h, w) uint8, with `labelled` also (h, w) int64 train ids.
+    to `crop` (height, width), and flipped half of the time. Give (3, h, w) uint8, with `labelled` also (h, w) uint8 train ids.
     Two domains are sampled side by side, each shuffled on its own and the shorter one begun again, by
     torch.utils.data.StackDataset of two Crops of different `stream`.
     """
@@ -241,7 +241,7 @@ class Crops(Dataset):
             torch.manual_seed(_mix(self.seed, self.stream, 1, k))
             sample = self.augment(*sample)
         if self.labelled:
-            return sample[0].as_subclass(torch.Tensor), sample[1].as_subclass(torch.Tensor).long()
+            return tuple(part.as_subclass(torch.Tensor) for part in sample)
         return sample.as_subclass(torch.Tensor)
 
 

@@ -103,7 +103,7 @@ def evaluate(args):
     label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64, device=device)
     loader = DataLoader(data.Frames(frames, width), batch_size=None, num_workers=args.workers)  # frames differ in size
-    for frame, (image, label) in zip(frames, tqdm(loader, desc=str(args.segmenter), mininterval=0.5), strict=True):
+    for frame, (image, label) in zip(frames, tqdm(loader, desc=str(args.segmenter)), strict=True):
         prediction = predict(segmenter, image.to(device), label.shape, autocast)
         total += confusion_matrix(prediction, label.to(device))
         if args.save_predictions:  # label ids under the names that the Cityscapes server takes
@@ -272,7 +272,7 @@ def parse_args():
     parser.add_argument("--split", default="val", help="of a Cityscapes layout (default val)")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="the table that gets the row")
     parser.add_argument("--name", metavar="MODEL", help="of the row (default: the name of RUN)")
-    parser.add_argument("--skip-done", action="store_true", help="do nothing if the table has the row and is newer than RUN")
+    parser.add_argument("--skip-done", action="store_true", help="do nothing if the table has RUN's row as it stands")
     parser.add_argument(
         "--save-predictions", type=Path, metavar="DIR", help="write label ids as the Cityscapes server takes them"
     )
@@ -293,15 +293,17 @@ def main():
         return
     name = args.name or args.segmenter.name
     rows = runtime.read_csv(args.out) if args.out else []
-    has_row = any(row["model"] == name for row in rows)
-    weights = runtime.finished(args.segmenter, "--segmenter")
-    if args.skip_done and has_row and args.out.stat().st_mtime >= weights.stat().st_mtime:
-        return
+    weights, note = runtime.finished(args.segmenter, "--segmenter"), args.segmenter / "evaluation.json"
+    if args.skip_done and note.is_file() and note.stat().st_mtime >= weights.stat().st_mtime:
+        if runtime.read_json(note) in rows:
+            print(f"{name}: evaluated")
+            return
     row = table_row(name, scores(evaluate(args)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         position = next((i for i, other in enumerate(rows) if other["model"] == name), len(rows))
         runtime.write_csv(args.out, [*rows[:position], row, *rows[position + 1 :]])
+        runtime.write_json(note, row)  # by which --skip-done sees that the row is this run's
     print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
 
 

@@ -48,8 +48,8 @@ def gan_loss(logits, is_real, kind="lsgan"):
 def segmentation_loss(logits, labels, ignore=255):
     """Mean cross entropy over the pixels that are not void; 0, not nan, for a batch that is void throughout.
 
-    logits: (B, C, H, W); labels: (B, H, W) int64 train ids, `ignore` where void. Computed in float32 at least.
+    logits: (B, C, H, W); labels: (B, H, W) integer train ids, `ignore` where void. Computed in float32 at least.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
+    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore, reduction="sum")
     return total / (labels != ignore).sum().clamp(min=1)

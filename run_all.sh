@@ -119,12 +119,15 @@ distance() { # MODEL FOLDER
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiment
 
+[ -t 2 ] || export TQDM_MININTERVAL=15 # a log file needs few lines
+OUT=$(realpath -m "$OUT")
 mkdir -p "$OUT/results" "$OUT/statistics"
 if [ -z "${SOURCE:-}" ]; then
     title "Stage 0: two domains are drawn"
     run make_demo_data.py "$OUT/data" --seed "$SEED" "${frames[@]}"
     SOURCE=$OUT/data/source TARGET=$OUT/data/target
 else
+    SOURCE=$(realpath -m "$SOURCE") TARGET=$(realpath -m "$TARGET")
     title "Preflight: data, weights and disk, before anything long starts"
     run data.py "$TARGET" --split val
     [ -d "$TARGET/leftImg8bit/val" ] || fail "TARGET=$TARGET: no leftImg8bit/val there, which the evaluation needs"

@@ -236,7 +236,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.device = pick_device(args.device)
-        self.checkpoint, self.saved = self.out / "checkpoint.pt", None
+        self.checkpoint = self.out / "checkpoint.pt"
         stored = read_json(self.out / "args.json") if (self.out / "args.json").is_file() else {}
         if args.precision == "auto":
             args.precision = stored.get("precision") or pick_precision("auto", self.device)
@@ -270,6 +270,8 @@ class Run:
                 raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
         self.rows = [row for row in read_csv(self.out / "log.csv") if int(row["iteration"]) <= self.iteration]
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        for leftover in self.out.glob(".checkpoint.????????.pt"):  # whole_file's, of a killed run
+            leftover.unlink()
         write_json(self.out / "args.json", self.arguments)
 
     def iterations(self, dataset):
@@ -279,12 +281,7 @@ class Run:
         loader = DataLoader(
             dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=_ignore_interrupts
         )
-        bar = tqdm(
-            total=args.iterations,
-            initial=self.iteration,
-            desc=str(self.out),
-            mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file needs few lines
-        )
+        bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out))
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.interval_start, self.steps_timed = time.perf_counter(), 0  # a resumed interval is timed from here on

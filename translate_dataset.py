@@ -85,13 +85,10 @@ def main():
 
     # What the output depends on: a folder that was begun with something else is not gone on with.
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    facts = {
-        "source": args.source,
-        "split": args.split,
-        "width": width,
-        "batch_size": args.batch_size,
-        "weights": digest,
-    }
+    device = runtime.pick_device(args.device)
+    precision = runtime.pick_precision(args.precision, device)
+    facts = {"source": args.source, "split": args.split, "width": width, "weights": digest}
+    facts |= {"batch_size": args.batch_size, "precision": precision}
     if (begun := args.out / "args.json").is_file() and (was := runtime.read_json(begun)) != facts:
         changed = ", ".join(f"{key} (was {was.get(key)}, is {facts[key]})" for key in facts if was.get(key) != facts[key])
         raise ValueError(f"--out {args.out}: begun with another {changed}; give another --out or remove it")
@@ -109,8 +106,6 @@ def main():
     left = [frame for batch in batches for frame in batch]
     check_disk(args.out, left, width)
 
-    device = runtime.pick_device(args.device)
-    precision = runtime.pick_precision(args.precision, device)
     generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
     starts = itertools.accumulate(map(len, batches), initial=0)
     loader = DataLoader(
@@ -120,7 +115,7 @@ def main():
         collate_fn=list,  # frames differ in size
     )
     palette = [channel for color in _id_colours() for channel in color]
-    with tqdm(total=len(left), desc=str(args.out), mininterval=0.5) as bar:
+    with tqdm(total=len(left), desc=str(args.out)) as bar:
         for batch in loader:
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)

@@ -158,7 +158,7 @@ def test_image_and_label_stay_aligned_through_crop_and_flip(tmp_path):
     back[: len(IDS)] = IDS
     samples = [crops[k] for k in range(40)]
     for image, label in samples:
-        assert image.shape == (3, 16, 24) and label.shape == (16, 24) and label.dtype == torch.int64
+        assert image.shape == (3, 16, 24) and label.shape == (16, 24) and label.dtype == torch.uint8
         assert agreement(image, torch.from_numpy(back[label.numpy()])) == 1
     assert len({image.numpy().tobytes() for image, _ in samples}) > 20  # not one crop again and again
 
