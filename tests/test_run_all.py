@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,39 @@ def test_translated_sets_fit_their_labels(everything):
 
 def table_source(out):
     return json.loads((out / "segmenters" / "source_only" / "args.json").read_text())["data"]
+
+
+def test_an_interrupted_translation_goes_on(everything, tmp_path):
+    whole = everything[0] / "translated" / "fastcut_l5"
+    shutil.copytree(whole, tmp_path / "t")
+    lost = sorted((tmp_path / "t" / "images").iterdir())[1]
+    lost.rename(lost.with_name(f".{lost.stem}.x1y2z3.png"))  # as a kill leaves it: not yet under its name
+    words = ["--source", table_source(everything[0]), "--translator", everything[0] / "translators" / "fastcut_l5"]
+    result = script("translate_dataset.py", *words, "--out", tmp_path / "t", "--workers", 0)
+    assert result.returncode == 0 and lost.read_bytes() == (whole / "images" / lost.name).read_bytes()
+    assert len(data.list_frames(tmp_path / "t")) == len(data.list_frames(whole))
+    again = script("translate_dataset.py", *words, "--out", tmp_path / "t", "--workers", 0)
+    assert "finished" in again.stdout
+
+
+def test_stages_1_and_4_need_no_label_of_the_target(everything, pair, tmp_path):
+    shutil.copytree(pair / "target" / "leftImg8bit", tmp_path / "target" / "leftImg8bit")
+    words = ["--target", tmp_path / "target", "--iterations", 1, "--crop-size", 64, *SMALL.split()]
+    one = script(
+        "train_translator.py",
+        "--source",
+        pair / "source",
+        "--method",
+        "cut",
+        "--base-channels",
+        4,
+        *words,
+        "--out",
+        tmp_path / "a",
+    )
+    translated, segmenter = everything[0] / "translated" / "fastcut_l5", everything[0] / "segmenters" / "fastcut_l5"
+    four = script("adapt_features.py", "--source", translated, "--segmenter", segmenter, *words, "--out", tmp_path / "b")
+    assert (one.returncode, four.returncode) == (0, 0), one.stderr + four.stderr
 
 
 def test_run_directories_hold_what_they_should(everything):

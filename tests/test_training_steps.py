@@ -1,9 +1,10 @@
-"""Learning rates at their corners, variants of equation 4, the image pool and the gate."""
+"""Training steps without a data set: learning rates at their corners, variants of equation 4, image pool, gate, step."""
 
 import pytest
 import torch
 
 import adapt_features
+import models
 import train_segmenter
 import train_translator
 
@@ -99,3 +100,26 @@ def test_identity_term_is_lambda_y():
     x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
     assert "nce_y" in tiny("cut").step(x, y, torch.autocast("cpu", enabled=False))[1]
     assert "nce_y" not in tiny("fastcut_l5").step(x, y, torch.autocast("cpu", enabled=False))[1]
+
+
+def adapted(gate, weight):
+    """F and D after one step of stage 4 from one start, and the gate's count."""
+    torch.manual_seed(0)
+    segmenter = models.UNet(3, "efficientnet-b0").train()
+    discriminator = models.FeatureDiscriminator(segmenter.feature_channels["decoder3"])
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (segmenter, discriminator)]
+    gate = adapt_features.Gate(gate)
+    batch = torch.rand(2, 3, 32, 32), torch.randint(3, (2, 32, 32)), torch.rand(2, 3, 32, 32)
+    autocast = torch.autocast("cpu", enabled=False)
+    adapt_features.training_step(segmenter, discriminator, *optimizers, gate, batch, "decoder3", weight, autocast)
+    return [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (segmenter, discriminator)], gate
+
+
+def test_the_gate_holds_back_the_adversary_and_nothing_else():
+    (shut, d_shut), gate = adapted(gate=1.0, weight=0.5)
+    assert (gate.opened, gate.asked) == (0, 1)
+    (opened, d_open), gate = adapted(gate=0.0, weight=0.5)
+    assert (gate.opened, gate.asked) == (1, 1)
+    (control, d_control), _ = adapted(gate=0.0, weight=0.0)
+    assert torch.equal(shut, control) and not torch.equal(opened, control)
+    assert torch.equal(d_shut, d_control) and torch.equal(d_open, d_control)  # D_feat learns all the same, from its own loss
