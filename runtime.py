@@ -185,6 +185,12 @@ def _umask():
     return mask
 
 
+def save_torch(content, path):
+    """torch.save, whole or not at all. By an open file: torch writes a path's name into the file, here a random one."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
 def write_json(path, content):
     with whole_file(path) as temporary:
         Path(temporary).write_text(json.dumps(content, indent=2) + "\n")
@@ -338,11 +344,10 @@ class Run:
         self._finite_means()
         start = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.state.items()}
-        with whole_file(self.checkpoint) as temporary:
-            torch.save(
-                {"iteration": self.iteration, "state": state, "sums": self.sums, "steps_summed": self.steps_summed},
-                temporary,
-            )
+        save_torch(
+            {"iteration": self.iteration, "state": state, "sums": self.sums, "steps_summed": self.steps_summed},
+            self.checkpoint,
+        )
         self.interval_start += time.perf_counter() - start  # saving is no part of a step
 
     def save_grid(self, *columns):
@@ -366,8 +371,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
         write_json(self.out / "summary.json", summary)
-        with whole_file(self.out / "weights.pt") as temporary:
-            torch.save(weights, temporary)
+        save_torch(weights, self.out / "weights.pt")
 
 
 class _Batches:

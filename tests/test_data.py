@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from cityscapesscripts.helpers.labels import labels
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from torch.utils.data import StackDataset
-from torchvision.datasets import Cityscapes
 
 import data
 
@@ -49,11 +52,17 @@ def write_cityscapes(root, splits):
     return root
 
 
-def test_train_ids_are_torchvisions_table():
-    for c in Cityscapes.classes:
-        if c.id >= 0:
-            assert data.TRAIN_IDS[c.id] == (c.train_id if 0 <= c.train_id < 255 else data.VOID)
-    assert len(data.CLASS_NAMES) == 19 and data.CLASS_NAMES[13] == "car"
+def test_class_table_is_cityscapesscripts():
+    evaluated = {label.name: label for label in labels if not label.ignoreInEval}
+    for name, c, colour in zip(data.CLASS_NAMES, data.CLASSES, data.PALETTE.tolist(), strict=True):
+        theirs = evaluated.pop(name)
+        assert (c.id, c.train_id, tuple(colour)) == (theirs.id, theirs.trainId, theirs.color), name
+        assert data.CLASS_NAMES[theirs.trainId] == name  # a train id is a place in all our lists
+    assert not evaluated  # none of theirs is left over
+    expected = {label.id: label.trainId for label in labels if not label.ignoreInEval}
+    assert data.TRAIN_IDS.tolist() == [expected.get(i, data.VOID) for i in range(256)]
+    known = {label.id % 256 for label in labels} | {34}  # -1 is 255 in eight bits; 34 is GTA5's
+    assert np.flatnonzero(data.KNOWN_IDS).tolist() == sorted(known)
 
 
 def test_layouts_are_told_apart(tmp_path):
@@ -139,6 +148,12 @@ def test_image_and_label_stay_aligned_through_resizing(tmp_path, size, width):
     assert found[0] == max(found) and found.count(found[0]) == 1 and found[0] > (0.99 if width == size[1] else 0.7)
 
 
+def test_ranges_of_the_networks():
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    torch.testing.assert_close(data.to_signed(levels), torch.tensor([-1.0, -0.6, 1.0]))
+    torch.testing.assert_close(data.to_unit(levels), torch.tensor([0.0, 0.2, 1.0]))
+
+
 def test_labels_are_resized_nearest_exact():
     """Each pixel takes the label under its centre: 2 pixels into each block of 4, not its corner."""
     ids = torch.arange(64, dtype=torch.uint8).view(8, 8)
@@ -191,3 +206,83 @@ def test_a_crop_larger_than_a_frame_is_refused_by_name(tmp_path):
     crops = data.Crops(data.list_frames(write_gta5(tmp_path, [(20, 30)])), 30, (24, 24), 1)
     with pytest.raises(ValueError, match="00000.png: 30x20 .*--crop-size"):
         crops[0]
+
+
+# --- for any size, id, aspect ratio and mode
+
+KNOWN, MODES = np.flatnonzero(data.KNOWN_IDS).tolist(), ("RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "YCbCr")
+SIDES = array_shapes(min_dims=2, max_dims=2, max_side=60)
+one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # each example writes its files anew
+
+
+@one_folder
+@given(ids=arrays(np.uint8, SIDES, elements=st.sampled_from(KNOWN)), palette=st.booleans())
+def test_any_known_ids_are_read(tmp_path, ids, palette):
+    image = Image.fromarray(ids)
+    if palette:
+        image.putpalette(list(range(256)) * 3)
+    image.save(tmp_path / "x.png")
+    assert np.array_equal(data.load_label_ids(tmp_path / "x.png").numpy(), ids)
+    assert np.array_equal(data.load_label(tmp_path / "x.png").numpy(), data.TRAIN_IDS[ids])
+
+
+@one_folder
+@given(ids=arrays(np.uint8, SIDES, elements=st.integers(0, 255)))
+def test_any_unknown_id_is_named(tmp_path, ids):
+    Image.fromarray(ids).save(tmp_path / "x.png")
+    unknown = sorted(set(ids.ravel().tolist()) - set(KNOWN))
+    if unknown:
+        with pytest.raises(ValueError) as error:
+            data.load_label(tmp_path / "x.png")
+        assert f"x.png: label ids {unknown} " in str(error.value)
+    else:
+        data.load_label(tmp_path / "x.png")
+
+
+COLOURED = SIDES.map(lambda sides: (*sides, 3))
+
+
+@one_folder
+@given(pixels=arrays(np.uint8, COLOURED), mode=st.sampled_from(MODES), suffix=st.sampled_from([".png", ".jpg"]))
+def test_any_mode_and_size_is_read_as_pillow_shows_it(tmp_path, pixels, mode, suffix):
+    if mode in ("CMYK", "YCbCr"):
+        suffix = ".jpg"
+    elif suffix == ".jpg" and mode not in ("RGB", "L"):
+        mode = "RGB"
+    Image.fromarray(pixels).convert(mode).save(tmp_path / f"x{suffix}")
+    with Image.open(tmp_path / f"x{suffix}") as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(data.load_image(tmp_path / f"x{suffix}").permute(1, 2, 0).numpy(), expected)
+
+
+@given(ids=arrays(np.uint8, SIDES), width=st.integers(1, 90))
+def test_any_label_is_resized_nearest_exact(ids, width):
+    """Output pixel i of n has its centre at (i + 1/2) / n of the side; it takes the input pixel in which that point lies."""
+    resized = data.resize_to_width(data.tv_tensors.Mask(torch.from_numpy(ids)), width).numpy()
+    assert resized.shape == (max(1, round(ids.shape[0] * width / ids.shape[1])), width)
+    for (i, j), value in np.ndenumerate(resized):
+        candidates = [nearest(i, resized.shape[0], ids.shape[0]), nearest(j, resized.shape[1], ids.shape[1])]
+        assert value in ids[np.ix_(*candidates)]
+
+
+def nearest(i, n, side):
+    """Where the centre falls on the line between two pixels, rounding in float32 may give either."""
+    place = (2 * i + 1) * side / (2 * n)
+    return sorted({min(side - 1, max(0, int(np.floor(place + shift)))) for shift in (-1e-4, 1e-4)})
+
+
+@given(shape=SIDES, width=st.integers(1, 90), level=st.integers(0, 255))
+def test_any_plain_image_stays_plain_when_resized(shape, width, level):
+    image = data.tv_tensors.Image(torch.full((3, *shape), level, dtype=torch.uint8))
+    resized = data.resize_to_width(image, width)
+    assert resized.shape == (3, max(1, round(shape[0] * width / shape[1])), width) and (resized == level).all()
+
+
+@given(seed=st.integers(0, 2**31), height=st.integers(16, 40), width=st.integers(16, 80), k=st.integers(0, 10**6))
+def test_any_crop_keeps_image_and_label_together(tmp_path_factory, seed, height, width, k):
+    root = tmp_path_factory.mktemp("crops")
+    frames = data.list_frames(write_gta5(root, [(height, width)]))
+    crop = (1 + seed % height, 1 + seed // 7 % width)
+    image, label = data.Crops(frames, width, crop, k + 1, seed, labelled=True)[k]
+    assert image.shape == (3, *crop) and label.shape == crop
+    assert torch.equal(image, torch.from_numpy(colour_of(np.array(IDS)[label.numpy()])).permute(2, 0, 1))

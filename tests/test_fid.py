@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_fid.fid_score
+import pytorch_fid.inception
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.models import inception_v3
 
@@ -200,14 +204,65 @@ def test_features_equal_an_independent_build(checkpoint):
         assert_close(fid.inception(path, dims)(x), expected)
 
 
+@pytest.fixture
+def same_weights(checkpoint, monkeypatch):
+    """pytorch-fid with the weights of `checkpoint`, which it would download; their path for fid.py."""
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: checkpoint[0].state_dict())
+    return checkpoint[1]
+
+
+@pytest.mark.parametrize("size", [(97, 350), (299, 299), (420, 333)])
 @torch.inference_mode()
-def test_features_equal_pytorch_fid(checkpoint, monkeypatch):
-    theirs = pytest.importorskip("pytorch_fid.inception")
-    model, path = checkpoint
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: model.state_dict())
-    x = torch.rand(1, 3, 97, 350, generator=torch.Generator().manual_seed(0))
-    for dims, expected in zip(DIMS, theirs.InceptionV3([0, 1, 2, 3]).eval()(x), strict=True):
-        assert_close(fid.inception(path, dims)(x), expected.mean((2, 3)))
+def test_features_equal_pytorch_fid(same_weights, size):
+    x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    for dims, expected in zip(DIMS, pytorch_fid.inception.InceptionV3([0, 1, 2, 3]).eval()(x), strict=True):
+        assert_close(fid.inception(same_weights, dims)(x), expected.mean((2, 3)))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two folders of smooth pictures, as PNG and JPEG, of odd sizes below and above 299."""
+    for k, (folder, low) in enumerate((("a", 0), ("b", 60))):
+        for i, (width, height) in enumerate([(40, 31), (299, 299), (17, 300), (333, 301), (501, 98), (64, 64)]):
+            coarse = np.random.default_rng(10 * k + i).integers(low, 256, (4, 5, 3), dtype=np.uint8)
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+            image.save(tmp_path / folder / f"{i}{'.jpg' if i % 2 else '.png'}")
+    return tmp_path / "a", tmp_path / "b"
+
+
+# pytorch-fid takes a minute for the root of a matrix of 2048.
+@pytest.mark.parametrize("dims", [64, 192, *(pytest.param(n, marks=pytest.mark.slow) for n in (768, 2048))])
+def test_distance_of_folders_equals_pytorch_fid(same_weights, photos, dims, tmp_path, monkeypatch, capsys):
+    theirs = pytorch_fid.fid_score.calculate_fid_given_paths([*map(str, photos)], 1, "cpu", dims, num_workers=0)
+    words = ["--weights", same_weights, "--dims", dims]
+    status, out, err = call(monkeypatch, capsys, *photos, *words, "--save", tmp_path / "ours.npz")
+    assert status == 0, err
+    assert float(out.split()[-1]) == pytest.approx(theirs, rel=1e-3)
+
+    # Their statistics file of the second folder is ours, and ours of the first is theirs.
+    paths = [str(photos[1]), str(tmp_path / "theirs.npz")]
+    pytorch_fid.fid_score.save_fid_stats(paths, 1, "cpu", dims, num_workers=0)
+    status, through, err = call(monkeypatch, capsys, tmp_path / "ours.npz", tmp_path / "theirs.npz", *words)
+    assert status == 0, err
+    assert float(through.split()[-1]) == pytest.approx(theirs, rel=1e-3)
+    paths = [str(tmp_path / "ours.npz"), str(photos[1])]
+    assert pytorch_fid.fid_score.calculate_fid_given_paths(paths, 1, "cpu", dims, num_workers=0) == pytest.approx(
+        theirs, rel=1e-3
+    )
+
+
+@given(d=st.integers(1, 12), n=st.integers(2, 30), m=st.integers(2, 30), seed=st.integers(0, 2**32), scale=st.floats(1e-3, 1e3))
+def test_any_distance_is_real_and_symmetric_and_zero_to_itself(d, n, m, seed, scale):
+    rng = np.random.default_rng(seed)
+    x, y = scale * rng.standard_normal((n, d)), scale * (rng.standard_normal((m, d)) @ rng.standard_normal((d, d)) + 1)
+    a, b = ((z.mean(0), np.atleast_2d(np.cov(z, rowvar=False))) for z in (x, y))
+    there, back = fid.frechet_distance(*a, *b), fid.frechet_distance(*b, *a)
+    size = np.trace(a[1]) + np.trace(b[1]) + np.square(a[0] - b[0]).sum()
+    assert 0 <= there <= size * (1 + 1e-9)  # the root's trace is never negative
+    assert there == pytest.approx(back, abs=1e-9 * size)
+    assert 0 <= fid.frechet_distance(*a, *a) <= 1e-6 * np.trace(a[1])
+    assert fid.frechet_distance(a[0] + 3 * scale, a[1], *a) == pytest.approx(9 * d * scale**2, rel=1e-6)
 
 
 @torch.inference_mode()

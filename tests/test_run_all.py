@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
 from PIL import Image
 
 import data
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = "SOURCE TARGET OUT METHODS SEED ITERATIONS_SCALE FID_WEIGHTS TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
+VARIABLES = "SOURCE TARGET OUT METHODS SEED ITERATIONS_SCALE FID_WEIGHTS TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
 SMALL = "--device cpu --width 128 --workers 0 --log-every 1"
 
 
 def run(*words, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.run(words, env=inherited | environment, capture_output=True, text=True, check=False)
 
 
@@ -40,26 +41,48 @@ def pair(tmp_path_factory):
     return out / "d"
 
 
-@pytest.fixture(scope="module")
-def everything(pair):
-    """The paper's path through run_all.sh, two iterations a stage; a second call, which has nothing left to do."""
-    settings = {
+def settings(pair, out, workers):
+    """The paper's path through run_all.sh, two iterations a stage."""
+    small = f"--device cpu --width 128 --workers {workers} --log-every 1"
+    return {
         "SOURCE": str(pair / "source"),
         "TARGET": str(pair / "target"),
-        "OUT": str(pair.parent / "out"),
+        "OUT": str(out),
         "PYTHON": sys.executable,
         "METHODS": "cyclegan fastcut_l5",
         "FID_WEIGHTS": "random",
         "ITERATIONS_SCALE": "0.000005",
-        "TRANSLATOR_ARGS": f"--base-channels 4 --crop-size 64 {SMALL}",
-        "SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none --batch-size 2 --crop-size 64x128 {SMALL}",
-        "ADAPT_ARGS": f"--batch-size 2 --crop-size 64x128 {SMALL}",
+        "TRANSLATOR_ARGS": f"--base-channels 4 --crop-size 64 {small}",
+        "SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none --batch-size 2 --crop-size 64x128 {small}",
+        "ADAPT_ARGS": f"--batch-size 2 --crop-size 64x128 {small}",
     }
-    first = run("bash", str(ROOT / "run_all.sh"), **settings)
+
+
+# Python runs a module of this name before a script; this one notes each script that opens a label of a Cityscapes layout.
+SITECUSTOMIZE = """
+import json, os, sys
+
+def note(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)) and "gtFine" in os.fsdecode(args[0]):
+        with open(os.environ["OPENED_LABELS"], "a") as file:
+            file.write(json.dumps([sys.argv, os.fsdecode(args[0])]) + "\\n")
+
+sys.addaudithook(note)
+"""
+
+
+@pytest.fixture(scope="module")
+def everything(pair, tmp_path_factory):
+    """All of run_all.sh, watched; and a second call, which has nothing left to do."""
+    watch = tmp_path_factory.mktemp("watch")
+    (watch / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    watched = settings(pair, pair.parent / "out", workers=0)
+    watched |= {"PYTHONPATH": str(watch), "OPENED_LABELS": str(pair.parent / "opened")}
+    first = run("bash", str(ROOT / "run_all.sh"), **watched)
     assert first.returncode == 0, first.stderr
-    out = Path(settings["OUT"])
+    out = pair.parent / "out"
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")} | {p: p.stat().st_mtime_ns for p in out.rglob("0*.png")}
-    again = run("bash", str(ROOT / "run_all.sh"), **settings | {"METHODS": "fastcut_l5"})
+    again = run("bash", str(ROOT / "run_all.sh"), **settings(pair, out, workers=0) | {"METHODS": "fastcut_l5"})
     assert again.returncode == 0, again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in before}, "a finished stage was done again"
     return out, first.stdout
@@ -110,6 +133,37 @@ def table_source(out):
     return json.loads((out / "segmenters" / "source_only" / "args.json").read_text())["data"]
 
 
+def test_target_labels_are_opened_by_the_oracle_and_the_evaluation_alone(everything):
+    """Stages 1, 2 and 4 never do, stage 3 for the Oracle's training only."""
+    who = {"train": set(), "val": set()}
+    for line in (everything[0].parent / "opened").read_text().splitlines():
+        words, path = json.loads(line)
+        run_directory = [Path(words[i + 1]).name for i, word in enumerate(words) if word == "--out"]
+        who[Path(path).parent.parent.name].add((Path(words[0]).name, *run_directory))
+    assert who["train"] == {("train_segmenter.py", "oracle")}
+    assert who["val"] == {("data.py",), ("evaluate.py", "table2.csv"), ("evaluate.py",)}  # preflight, scores, figure 4
+
+
+def test_the_same_seed_gives_the_same_bytes_with_and_without_workers(everything, pair, tmp_path):
+    one, two = everything[0], tmp_path / "again"
+    again = run("bash", str(ROOT / "run_all.sh"), **settings(pair, two, workers=2))
+    assert again.returncode == 0, again.stderr
+    files = [{p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.suffix != ".npz"} for out in (one, two)]
+    assert files[0] == files[1] and len([p for p in files[0] if p.suffix == ".pt"]) == 16
+    for path in sorted(files[0]):
+        assert result(one, path) == result(two, path), path
+
+
+def result(out, path):
+    """The content of a file, but for what was measured, where it lies, and how many workers read for it."""
+    if path.suffix == ".csv":
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in table(out / path)]
+    if path.suffix == ".json":
+        content = json.loads((out / path).read_text().replace(str(out), "OUT"))
+        return {k: v for k, v in content.items() if k not in (*MEASURED, "workers")}
+    return (out / path).read_bytes()
+
+
 def test_an_interrupted_translation_goes_on(everything, tmp_path):
     whole = everything[0] / "translated" / "fastcut_l5"
     shutil.copytree(whole, tmp_path / "t")
@@ -157,7 +211,7 @@ def test_run_directories_hold_what_they_should(everything):
 def test_predictions_are_saved_as_label_ids(everything, pair, tmp_path):
     result = script(
         "evaluate.py", "--segmenter", everything[0] / "segmenters" / "oracle", "--data", pair / "target",
-        "--save-predictions", tmp_path / "p", "--workers", 0,
+        "--save-predictions", tmp_path / "p", "--workers", 0, "--out", tmp_path / "t.csv",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     files = sorted((tmp_path / "p").iterdir())
@@ -165,25 +219,44 @@ def test_predictions_are_saved_as_label_ids(everything, pair, tmp_path):
     assert len(names) == 2 and [f.name for f in files] == [f"{name}_pred_labelIds.png" for name in names]
     assert set(data.load_label_ids(files[0]).unique().tolist()) <= {c.id for c in data.CLASSES}
 
+    # cityscapesscripts finds each file by its name, and has our scores from it.
+    theirs = official.CArgs()
+    vars(theirs).update(vars(official.args), predictionPath=str(tmp_path / "p"), predictionWalk=None)
+    vars(theirs).update(evalInstLevelScore=False, JSONOutput=False, quiet=True)
+    labels = sorted(map(str, (pair / "target" / "gtFine" / "val").glob("*/*_gtFine_labelIds.png")))
+    found = [official.getPrediction(theirs, label) for label in labels]
+    scores = official.evaluateImgLists(found, labels, theirs)["classScores"]
+    (row,) = table(tmp_path / "t.csv")
+    in_truth = [name for name in data.CLASS_NAMES if row[name] != ""]
+    assert len(in_truth) > 5
+    for name in in_truth:
+        assert float(row[name]) == pytest.approx(100 * scores[name], abs=0.00501), name  # two digits are written
+    assert float(row["mIoU"]) == pytest.approx(100 * sum(scores[name] for name in in_truth) / len(in_truth), abs=0.00501)
 
-@pytest.mark.parametrize("method", ["cut", "cyclegan"])
-def test_an_interrupted_run_ends_as_one_that_was_not(pair, tmp_path, method):
-    words = ["--source", pair / "source", "--target", pair / "target", "--method", method, *SMALL.split()]
-    words += ["--iterations", 40, "--save-every", 4, "--base-channels", 4, "--crop-size", 64]
-    assert script("train_translator.py", *words, "--out", tmp_path / "a").returncode == 0
-    command = [sys.executable, str(ROOT / "train_translator.py"), *map(str, words), "--out", str(tmp_path / "b")]
+
+@pytest.mark.parametrize("kind", ["cut", "cyclegan", "segmenter"])
+def test_an_interrupted_run_ends_as_one_that_was_not(pair, tmp_path, kind):
+    words = [*SMALL.split(), "--iterations", 40, "--save-every", 4]
+    if kind == "segmenter":
+        name, words = "train_segmenter.py", [*words, "--data", pair / "source", "--encoder", "efficientnet-b0"]
+        words += ["--encoder-weights", "none", "--freeze-iterations", 13, "--crop-size", 64, "--batch-size", 2]
+        rates = [2e-4] * 26 + [1e-5] * 14
+    else:
+        name, words = "train_translator.py", [*words, "--source", pair / "source", "--target", pair / "target"]
+        words += ["--method", kind, "--base-channels", 4, "--crop-size", 64]
+        rates = [2e-4] * 20 + [2e-4 * (40 - i) / 20 for i in range(20, 40)]
+    assert script(name, *words, "--out", tmp_path / "a").returncode == 0
+    command = [sys.executable, str(ROOT / name), *map(str, words), "--out", str(tmp_path / "b")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (tmp_path / "b" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
-    assert script("train_translator.py", *words, "--out", tmp_path / "b").returncode == 0
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in "ab")
+    assert script(name, *words, "--out", tmp_path / "b").returncode == 0
+    a, b = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in "ab")
     assert same(a, b)
-    logs = [
-        [{k: v for k, v in row.items() if k not in MEASURED} for row in table(tmp_path / name / "log.csv")] for name in "ab"
-    ]
-    assert logs[0] == logs[1] and len(logs[0]) == 40
+    logs = [result(tmp_path / run, Path("log.csv")) for run in "ab"]
+    assert logs[0] == logs[1] and [float(row["lr"]) for row in logs[0]] == pytest.approx(rates, rel=1e-5)
 
 
 MEASURED = ("seconds_per_iteration", "peak_memory_mib")

@@ -1,5 +1,7 @@
 """Training steps without a data set: learning rates at their corners, variants of equation 4, image pool, gate, step."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,22 +9,33 @@ import adapt_features
 import models
 import train_segmenter
 import train_translator
+from losses import gan_loss, patch_nce_loss, segmentation_loss
 
 
+# The paper's corners; with another --iterations they move in proportion.
+@pytest.mark.parametrize("iterations", [400_000, 4_000, 1_000_000, 40])
 @pytest.mark.parametrize(
-    ("iteration", "expected"), [(0, 2e-4), (199_999, 2e-4), (200_000, 2e-4), (300_000, 1e-4), (399_999, 1e-9)]
+    ("part", "expected"), [(0, 2e-4), (0.1, 2e-4), (0.2, 2e-4), (0.3, 2e-4), (0.5, 2e-4), (0.75, 1e-4), (0.875, 0.5e-4)]
 )
-@pytest.mark.parametrize("scale", [1, 0.01])
-def test_translators_learning_rate(iteration, expected, scale):
-    lr = train_translator.learning_rate(int(iteration * scale), int(400_000 * scale), 2e-4)
-    if iteration == 399_999:  # one step before zero
-        expected /= scale
-    assert lr == pytest.approx(expected, rel=1e-12)
+def test_translators_learning_rate(part, expected, iterations):
+    """Iterations 0, 40k, 80k, 120k, 200k, 300k and 350k of 400k."""
+    assert train_translator.learning_rate(round(part * iterations), iterations, 2e-4) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("iteration", "expected"), [(0, 2e-4), (79_999, 2e-4), (80_000, 1e-5), (119_999, 1e-5)])
-def test_segmenters_learning_rate(iteration, expected):
-    assert train_segmenter.learning_rate(iteration, 120_000, 2e-4) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("iterations", [400_000, 4_000, 1_000_000, 40])
+def test_translators_learning_rate_reaches_zero_after_the_last_iteration(iterations):
+    lr = [train_translator.learning_rate(i, iterations, 2e-4) for i in (iterations // 2 - 1, iterations - 2, iterations - 1)]
+    assert lr == pytest.approx([2e-4, 2 * 2e-4 / (iterations / 2), 2e-4 / (iterations / 2)], rel=1e-12)
+
+
+@pytest.mark.parametrize("iterations", [120_000, 1_200, 300_000, 24])
+@pytest.mark.parametrize(("part", "expected"), [(0, 2e-4), (1 / 3, 2e-4), (1 / 2, 2e-4), (2 / 3, 1e-5), (5 / 6, 1e-5)])
+def test_segmenters_learning_rate(part, expected, iterations):
+    """Iterations 0, 40k, 60k, 80k and 100k of 120k, and those beside the corner."""
+    assert train_segmenter.learning_rate(round(part * iterations), iterations, 2e-4) == pytest.approx(expected, rel=1e-12)
+    corner = iterations * 2 // 3
+    beside = [train_segmenter.learning_rate(i, iterations, 2e-4) for i in (corner - 1, corner, iterations - 1)]
+    assert beside == pytest.approx([2e-4, 1e-5, 1e-5], rel=1e-12)
 
 
 WORDS = ["--source", "a", "--target", "b", "--out", "c", "--method"]
@@ -45,6 +58,7 @@ def test_cyclegan_takes_no_patches(capsys):
 def test_encoder_is_frozen_for_a_third_unless_its_weights_are_random():
     words = ["--data", "a", "--out", "b"]
     assert train_segmenter.parse_args(words).freeze_iterations == 40_000
+    assert train_segmenter.parse_args([*words, "--iterations", "1200"]).freeze_iterations == 400
     assert train_segmenter.parse_args([*words, "--encoder-weights", "none"]).freeze_iterations == 0
     assert train_segmenter.parse_args([*words, "--freeze-iterations", "7"]).freeze_iterations == 7
 
@@ -96,6 +110,83 @@ def test_a_step_trains_every_network(method, batch):
         assert all(p.requires_grad for p in network.parameters())
 
 
+def test_patch_nce_trains_the_translation_and_the_heads_but_not_the_positives():
+    translation = tiny("cut")
+    features, translated = (translation.G.encode(torch.rand(1, 3, 32, 32)) for _ in range(2))
+    for maps in (features, translated):
+        for feature in maps:
+            feature.retain_grad() if feature.requires_grad else feature.requires_grad_()
+    translation.patch_nce(features, translated).backward()
+    assert all(f.grad is None for f in features) and all(f.grad.abs().sum() > 0 for f in translated)
+    assert all(p.grad.abs().sum() > 0 for p in translation.H.parameters() if p.ndim > 1)
+
+
+def descended(networks, loss):
+    """What plain gradient descent at rate 0.1 makes of the networks' parameters."""
+    parameters = [p for network in networks for p in network.parameters()]
+    for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        p.data -= 0.1 * gradient
+
+
+def plain_descent(translation):
+    """Adam's first step is almost the sign of the gradient; plain descent, in float64, shows the gradient itself."""
+    for network in translation.state.values():
+        if isinstance(network, torch.nn.Module):
+            network.double()
+    for name in ("opt_G", "opt_D"):
+        parameters = [p for group in getattr(translation, name).param_groups for p in group["params"]]
+        setattr(translation, name, torch.optim.SGD(parameters, lr=0.1))
+
+
+def assert_same_networks(translation, networks):
+    for name, network in networks.items():
+        for p, expected in zip(getattr(translation, name).parameters(), network.parameters(), strict=True):
+            torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["lsgan", "vanilla"])
+@pytest.mark.parametrize("lambda_y", [0.0, 0.7])
+def test_a_contrastive_step_is_equation_4(kind, lambda_y):
+    """Against the step done plainly: D on equation 1; then G and H on equation 4, with an encoder pass of its own over x."""
+    translation = tiny("cut", lambda_x=3.0, lambda_y=lambda_y, gan_loss=kind)
+    plain_descent(translation)
+    G, D, H = (copy.deepcopy(network) for network in (translation.G, translation.D, translation.H))
+    x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    torch.manual_seed(1)
+    translation.step(x, y, torch.autocast("cpu", enabled=False))
+
+    torch.manual_seed(1)
+    descended([D], (gan_loss(D(y), True, kind) + gan_loss(D(G(x).detach()), False, kind)) / 2)
+    loss = gan_loss(D(G(x)), True, kind)
+    for weight, real in ((3.0, x), (lambda_y, y)):
+        if weight > 0:
+            with torch.no_grad():
+                features = G.encode(real)
+                locations = models.sample_locations(features, 8)
+                positives = H(features, locations)
+            queries = H(G.encode(G(real)), locations)
+            loss = loss + weight * torch.stack([*map(patch_nce_loss, queries, positives)]).mean()
+    descended([G, H], loss)
+    assert_same_networks(translation, {"G": G, "D": D, "H": H})
+
+
+@pytest.mark.parametrize("identity", [0.0, 0.5])
+def test_a_cyclegan_step_is_zhu_et_als(identity):
+    translation = tiny("cyclegan", identity_weight=identity, gan_loss="lsgan")
+    plain_descent(translation)
+    G, G_back, D_y, D_x = (copy.deepcopy(getattr(translation, name)) for name in ("G", "G_back", "D_y", "D_x"))
+    x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    translation.step(x, y, torch.autocast("cpu", enabled=False))
+
+    fake_y, fake_x = G(x), G_back(y)
+    cycle = (G_back(fake_y) - x).abs().mean() + (G(fake_x) - y).abs().mean()
+    same = (G(y) - y).abs().mean() + (G_back(x) - x).abs().mean()
+    descended([G, G_back], gan_loss(D_y(fake_y), True) + gan_loss(D_x(fake_x), True) + 10 * cycle + identity * same)
+    for D, real, fake in ((D_y, y, fake_y), (D_x, x, fake_x)):
+        descended([D], (gan_loss(D(real), True) + gan_loss(D(fake.detach()), False)) / 2)
+    assert_same_networks(translation, {"G": G, "G_back": G_back, "D_y": D_y, "D_x": D_x})
+
+
 def test_identity_term_is_lambda_y():
     x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
     assert "nce_y" in tiny("cut").step(x, y, torch.autocast("cpu", enabled=False))[1]
@@ -123,3 +214,23 @@ def test_the_gate_holds_back_the_adversary_and_nothing_else():
     (control, d_control), _ = adapted(gate=0.0, weight=0.0)
     assert torch.equal(shut, control) and not torch.equal(opened, control)
     assert torch.equal(d_shut, d_control) and torch.equal(d_open, d_control)  # D_feat learns all the same, from its own loss
+
+
+def test_an_adaptation_step_is_its_two_losses():
+    """D_feat on equation 1 over the features as they are; then F on its task and on passing for source before that D_feat."""
+    (ours, d_ours), _ = adapted(gate=0.0, weight=0.5)
+    torch.manual_seed(0)
+    F = models.UNet(3, "efficientnet-b0").train()
+    D = models.FeatureDiscriminator(F.feature_channels["decoder3"])
+    source, labels, target = torch.rand(2, 3, 32, 32), torch.randint(3, (2, 32, 32)), torch.rand(2, 3, 32, 32)
+    (logits, on_source), (_, on_target) = F(source, return_features=True), F(target, return_features=True)
+    real, fake = D(on_source["decoder3"].detach()), D(on_target["decoder3"].detach())
+    descended([D], (gan_loss(real, True, "vanilla") + gan_loss(fake, False, "vanilla")) / 2)
+    task, fooling = segmentation_loss(logits, labels), gan_loss(D(on_target["decoder3"]), True, "vanilla")
+    parameters = [p for p in F.parameters()]
+    for p, gradient in zip(parameters, torch.autograd.grad(task + 0.5 * fooling, parameters)):
+        p.data -= 0.1 * gradient
+    for network, expected in ((F, ours), (D, d_ours)):
+        torch.testing.assert_close(
+            torch.cat([p.detach().flatten() for p in network.parameters()]), expected, rtol=1e-4, atol=1e-6
+        )
