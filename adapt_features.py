@@ -12,12 +12,12 @@ An unfinished run is resumed by the same command.
 """
 
 from collections import deque
-from pathlib import Path
 
 import torch
 from torch.utils.data import StackDataset
 
 import data
+import files
 import models
 import runtime
 from losses import gan_loss, segmentation_loss
@@ -27,11 +27,15 @@ GATE_WINDOW = 100  # batches, Hoffman et al. 2018
 
 def parse_args(words=None):
     parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
-    parser.add_argument("--source", required=True, metavar="DIR", help="translated, labelled data set")
-    parser.add_argument("--target", required=True, metavar="DIR", help="target data set; labels unread")
+    parser.add_argument("--source", type=runtime.real_path, required=True, metavar="DIR", help="translated, labelled data set")
+    parser.add_argument("--target", type=runtime.real_path, required=True, metavar="DIR", help="target data set; labels unread")
     parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
     parser.add_argument(
-        "--segmenter", type=Path, required=True, metavar="RUN", help="a finished run of train_segmenter.py on --source"
+        "--segmenter",
+        type=runtime.real_path,
+        required=True,
+        metavar="RUN",
+        help="a finished run of train_segmenter.py on --source",
     )
     layers = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
     parser.add_argument("--layer", choices=layers, default="decoder3", help="of F (default decoder3, at stride 4)")
@@ -40,13 +44,13 @@ def parse_args(words=None):
     )
     parser.add_argument(
         "--discriminator-lr",
-        type=runtime.non_negative,
+        type=runtime.positive,
         default=1e-4,
         help="Adam's learning rate for D_feat (default 1e-4)",
     )
     parser.add_argument(
         "--gate",
-        type=runtime.non_negative,
+        type=runtime.share,
         default=0.6,
         help="accuracy of D_feat above which F is trained on it (default 0.6)",
     )
@@ -107,22 +111,26 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
 
 def main():
     args = parse_args()
-    target = data.list_frames(args.target, args.target_splits, labelled=False)
     run = runtime.Run(args)
-    if args.check:
-        run.restore()  # ends here: what stages 2 and 3 leave need not be there yet
-    source = data.list_frames(args.source)
-    weights = runtime.finished(args.segmenter, "--segmenter")
     if run.is_finished:
         print(f"{args.out}: finished")
         return
+    exclude = data.read_names(args.exclude) if args.exclude else ()
+    target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
+    data.check_frames(target, args.width, args.crop_size)
+    if args.check:
+        run.restore()  # ends here: what stages 2 and 3 leave need not be there yet
+    source = data.list_frames(args.source, exclude=exclude)
+    data.check_frames(source, args.width, args.crop_size)
+    weights = files.finished(args.segmenter, "--segmenter")
     torch.manual_seed(args.seed)
     segmenter = models.load_network(weights, models.UNet, run.device).to(memory_format=torch.channels_last).train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
     opt_F = runtime.adam(segmenter.parameters(), lr=args.lr)
     opt_D = runtime.adam(discriminator.parameters(), lr=args.discriminator_lr)
     gate = Gate(args.gate)
-    run.restore(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
+    parts = dict(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
+    run.restore(frames={"source": source, "target": target}, **parts)
 
     length = args.iterations * args.batch_size
     dataset = StackDataset(

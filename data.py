@@ -1,9 +1,9 @@
 """The data sets of CLADA: labelled frames of a game (GTA5), photographs of a dashcam (Cityscapes).
 
 Copies alone into other projects: needs numpy, pillow, torch and torchvision. As a command it reads a data set's names
-and headers and says what it found:
+and headers and says what it found; with --check-data it reads all pixels and lists all that is wrong:
 
-    python data.py DIR [--split train] [--unlabelled]
+    python data.py DIR [--split train] [--unlabelled] [--exclude FILE] [--check-data]
 
 Two layouts, told apart by looking (Richter et al. 2016; Cordts et al. 2016):
 
@@ -15,7 +15,12 @@ Label files hold Cityscapes label ids (0 to 33); what leaves this file are train
 
 import argparse
 import logging
+import math
+import os
+import re
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +44,9 @@ for _class in CLASSES:
 KNOWN_IDS = np.isin(np.arange(256), [*(c.id for c in Cityscapes.classes if c.id >= 0), 34, 255])
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+SMALLEST = 16  # pixels on a side, which the translator needs
+# Pillow warns of images of more than MAX_IMAGE_PIXELS and refuses those of twice as many; here both are refused.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 log = logging.getLogger("data")
 
 
@@ -50,124 +58,239 @@ class Frame(NamedTuple):
     label: Path | None
 
 
+def shown(text):
+    """A path or an error as part of one line: control characters and bytes that are no UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding frames
 
 
-def list_frames(root, split="train", labelled=True):
+def list_frames(root, split="train", labelled=True, exclude=()):
     """The frames of a data set of either layout, by name: a list of `Frame`.
 
     split: a Cityscapes split or several joined by commas ("train,train_extra"); the GTA5 layout has none and ignores it.
-    labelled: False takes the images alone and does not look at labels. Pairs of the GTA5 layout whose two sizes differ,
-    of which GTA5 has a few, are left out and named in the log. Raises ValueError for anything else that does not fit.
+    labelled: False takes the images alone and does not look at labels. exclude: names of frames that are left out unseen.
+    Pairs of the GTA5 layout whose two sizes differ, of which GTA5 has a few, are left out too; the log names both kinds.
+    Raises ValueError for anything else that does not fit: the first such thing, and how many there are.
     """
-    root = Path(root)
-    if (root / "images").is_dir():
-        frames = _gta5_frames(root, labelled)
+    frames, issues, notes = _survey(root, split, labelled, exclude)
+    _refuse(issues)
+    for note in notes:
+        log.warning("%s", note)
+    return frames
+
+
+def check_frames(frames, width=None, crop=None):
+    """Read the header of every file of some frames; ValueError for the first that cannot be used, and how many there are.
+
+    That is what load_image and load_label_ids refuse, an image of fewer than 16 pixels on a side, and one that at `width`
+    has too many pixels or is smaller than `crop` (height, width).
+    """
+    _refuse(list(_faults(frames, width=width, crop=crop)))
+
+
+def problems(root, split="train", labelled=True, exclude=()):
+    """Read a data set whole, pixels too, and yield all that is wrong with it, a line each. Arguments as list_frames."""
+    try:
+        frames, issues, _ = _survey(root, split, labelled, exclude)
+    except (ValueError, OSError) as error:
+        frames, issues = [], [shown(error)]
+    yield from (said := dict.fromkeys(issues))
+    # Threads decode side by side, since Pillow lets go of Python's lock; one a core, since each holds an image.
+    yield from (line for line in _faults(frames, os.cpu_count(), pixels=True) if line not in said)
+
+
+def read_names(path):
+    """A text file of names, one a line, with or without .png, # begins a comment -> frozenset, for `exclude`."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # which is how Python decodes paths
+            names = [re.sub(r"(^|\s)#.*", "", line).strip() for line in file]
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}, where a text file of frames' names is needed") from error
+    if not any(names):
+        raise ValueError(f"{shown(path)}: no name in it, where frames' names are needed, one a line")
+    return frozenset(os.path.splitext(n)[0] if n.lower().endswith(IMAGE_SUFFIXES) else n for n in names if n)
+
+
+def _survey(root, split, labelled, exclude):
+    """(frames, a line for each thing that does not fit, notes on what is left out). A frame that cannot be read stays in."""
+    root, exclude, issues, notes = Path(root), frozenset(exclude), [], []
+    is_gta5 = (root / "images").is_dir()
+    if is_gta5:
+        folders, endings = [("images", "labels")], ("", "")
     elif (root / "leftImg8bit").is_dir():
-        frames = [frame for part in split.split(",") for frame in _cityscapes_frames(root, part, labelled)]
-    elif root.is_dir():
-        raise ValueError(f"{root}: neither GTA5's layout (images/, labels/) nor Cityscapes' (leftImg8bit/, gtFine/)")
+        folders = [(f"leftImg8bit/{part}", f"gtFine/{part}") for part in dict.fromkeys(split.split(","))]
+        endings = ("_leftImg8bit", "_gtFine_labelIds")
     else:
-        raise ValueError(f"{root}: no such folder")
-    if not frames:
-        raise ValueError(f"{root}: no image (.png, .jpg) where the layout has them, split {split}")
-    return frames
+        neither = "neither GTA5's layout (images/, labels/) nor Cityscapes' (leftImg8bit/, gtFine/)"
+        raise ValueError(f"{shown(root)}: {neither if root.is_dir() else 'no such folder'}")
+    frames, fitting, misfits, left_out = [], [], [], []
+    for image_folder, label_folder in folders:
+        images = _by_name(root / image_folder, endings[0], IMAGE_SUFFIXES)
+        labels = _by_name(root / label_folder, endings[1], (".png",)) if labelled else {}
+        for name in dict.fromkeys([*images, *labels]):
+            if name in exclude:
+                left_out.append(name)
+                continue
+            pair = images.get(name, []), labels.get(name, [])
+            for first, *others in filter(None, pair):  # they would be written to one name later
+                issues += [f"{shown(path)}: there is {shown(first)} too, and names must be unique" for path in others]
+            if labelled and not all(pair):
+                issues.append(f"{shown((pair[0] or pair[1])[0])}: has no {'label' if pair[0] else 'image'}")
+            else:
+                frames.append(Frame(name, pair[0][0], pair[1][0] if labelled else None))
+    for frame, sizes in zip(frames, _each(_sizes, frames)):
+        fits = isinstance(sizes, str) or sizes[0] == sizes[1]
+        (fitting if fits or not is_gta5 else misfits).append(frame)
+        if isinstance(sizes, str):
+            issues.append(sizes)
+        elif not fits and not is_gta5:
+            issues.append(f"{shown(frame.label)}: {sizes[1]} pixels, its image {sizes[0]}")
+    if left_out:
+        notes.append(f"{shown(root)}: {len(left_out)} excluded: {', '.join(map(shown, left_out))}")
+    if misfits:
+        names = ", ".join(shown(frame.name) for frame in misfits)
+        notes.append(f"{shown(root)}: {len(misfits)} of {len(frames)} pairs left out, sizes differ: {names}")
+    if not fitting and not issues:
+        why = f"split {shown(split)}; {len(left_out)} excluded, {len(misfits)} whose label has another size"
+        issues.append(f"{shown(root)}: no image (.png, .jpg) is left where the layout has them ({why})")
+    return fitting, issues, notes
 
 
-def _gta5_frames(root, labelled):
-    images = _by_stem(p for p in (root / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not labelled:
-        return [Frame(name, image, None) for name, image in images.items()]
-    if not (root / "labels").is_dir():
-        raise ValueError(f"{root / 'labels'}: no such folder, which holds the labels of images/")
-    labels = _by_stem((root / "labels").glob("*.png"))
-    frames = _paired(images, labels)
-    fitting = [f for f in frames if image_size(f.image) == image_size(f.label)]
-    if frames and not fitting:
-        raise ValueError(f"{root}: no label has the size of its image, first {frames[0].name}")
-    if len(fitting) < len(frames):
-        skipped = sorted({f.name for f in frames} - {f.name for f in fitting})
-        log.warning("%s: %d of %d pairs left out, sizes differ: %s", root, len(skipped), len(frames), ", ".join(skipped))
-    return fitting
-
-
-def _cityscapes_frames(root, split, labelled):
-    folder, ending = root / "leftImg8bit" / split, "_leftImg8bit"
+def _by_name(folder, ending, suffixes):
+    """{name: [paths]} of the files NAME + ending + suffix in a folder or, where there is an ending, in its folders (cities)."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such split")
-    found = (p for p in folder.glob("*/*") if p.stem.endswith(ending) and p.suffix.lower() in IMAGE_SUFFIXES)
-    images = _by_stem(found, ending)
-    if not labelled:
-        return [Frame(name, image, None) for name, image in images.items()]
-    ending = "_gtFine_labelIds"
-    frames = _paired(images, _by_stem((root / "gtFine" / split).glob(f"*/*{ending}.png"), ending))
-    for frame in frames:
-        if (size := image_size(frame.image)) != image_size(frame.label):
-            raise ValueError(f"{frame.label}: {image_size(frame.label)} pixels, its image {size}")
-    return frames
-
-
-def _by_stem(paths, ending=""):
-    """Sorted {stem without ending: path}; two files of one stem would be written to one name later."""
+        raise ValueError(f"{shown(folder)}: no such {'split' if ending else 'folder'}")
     found = {}
-    for path in sorted(paths):
-        if path.name.startswith("."):  # what an interrupted writer or a file manager left
-            continue
-        name = path.stem.removesuffix(ending)
-        if name in found:
-            raise ValueError(f"{path}: there is {found[name]} too, and names must be unique")
-        found[name] = path
+    for city in sorted(path for path in folder.iterdir() if path.is_dir()) if ending else [folder]:
+        for path in sorted(city.iterdir()):
+            hidden = path.name.startswith(".")  # what an interrupted writer or a file manager left
+            if not hidden and path.suffix.lower() in suffixes and path.stem.endswith(ending):
+                found.setdefault(path.stem.removesuffix(ending), []).append(path)
     return found
 
 
-def _paired(images, labels):
-    for name in images.keys() ^ labels.keys():
-        lone, kind = (images[name], "label") if name in images else (labels[name], "image")
-        raise ValueError(f"{lone}: has no {kind}")
-    return [Frame(name, image, labels[name]) for name, image in images.items()]
+def _sizes(frame):
+    """The sizes of image and label; an image alone need only be a file."""
+    if frame.label is None:
+        return (_check_is_file(frame.image),) * 2
+    return image_size(frame.image), image_size(frame.label, is_label=True)
+
+
+def _faults(frames, workers=16, **options):
+    """Yield what is wrong with the files of some frames, a line for each that _check refuses."""
+    files = [file for frame in frames for file in ((frame.image, False), (frame.label, True)) if file[0]]
+    yield from filter(None, _each(lambda file: _check(*file, **options), files, workers))
+
+
+def _each(function, items, workers=16):
+    """Yield function(item) for each, or a line if it raises; by threads, since reading over a network is mostly waiting."""
+
+    def call(item):
+        try:
+            return function(item)
+        except (ValueError, OSError) as error:
+            return shown(error)  # not the error, whose traceback would keep pixels
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(call, items)
+
+
+def _refuse(issues):
+    if issues:
+        more = f" (and {len(issues) - 1} more; python data.py DIR --check-data lists all that is wrong with a data set)"
+        raise ValueError(issues[0] + (more if issues[1:] else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading frames
 
 
-def _open(path):
+def _check_is_file(path):
+    """ValueError for anything but a regular file: to open a FIFO would be to wait for ever."""
+    if not os.path.isfile(path):
+        reason = "not a regular file, nor a link to one" if os.path.lexists(path) else "no such file"
+        raise ValueError(f"{shown(path)}: {reason}")
+
+
+def _open(path, is_label=False):
+    """The open image, its header read; ValueError for what load_image or load_label_ids cannot take."""
+    _check_is_file(path)
+    formats = ("PNG",) if is_label else ("PNG", "JPEG")
     try:
-        return Image.open(path)  # reads the header alone
-    except OSError as error:  # PIL.UnidentifiedImageError is one
-        raise ValueError(f"{path}: {error.strerror or 'not an image'}") from error
+        image = Image.open(path, formats=formats)
+        raw = str(image.tile[0][3])  # the file's pixels; image.mode is what Pillow makes of them
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{shown(path)}: more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})") from error
+    except Exception as error:  # for damaged files Pillow raises many kinds, struct.error and IndexError among them
+        reason = getattr(error, "strerror", None) or f"not a {' or '.join(formats)} image"
+        raise ValueError(f"{shown(path)}: {reason}") from error
+    wrong = None
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        wrong = f"{image.width}x{image.height}, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})"
+    elif is_label and raw not in ("L", "P", "P;1", "P;2", "P;4", "1"):  # Pillow scales grey of 2 or 4 bits
+        wrong = f"{raw} pixels, where 8-bit label ids are needed (grey or palette)"
+    elif "16" in raw:  # Pillow would cut colour to 8 bits without a word
+        wrong = f"16-bit pixels ({raw}), where 8 bits a channel are needed"
+    if wrong:
+        image.close()
+        raise ValueError(f"{shown(path)}: {wrong}")
+    return image
 
 
 def _pixels(path, image, mode=None):
     try:
         return np.array(image if mode is None else image.convert(mode))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"{path}: damaged image ({error})") from error
+    except Exception as error:  # as many kinds
+        reason = shown(error) if any(error.args) else type(error).__name__
+        raise ValueError(f"{shown(path)}: damaged image ({reason})") from error
 
 
-def image_size(path):
-    """(width, height) in pixels, from the header alone."""
-    with _open(path) as image:
+def image_size(path, is_label=False):
+    """(width, height) in pixels, from the header alone; ValueError for what load_image or load_label_ids cannot take."""
+    with _open(path, is_label) as image:
         return image.size
 
 
+def _check(path, is_label, width=None, crop=None, pixels=False):
+    """ValueError for a file that cannot be used, see check_frames; with `pixels`, or that cannot be decoded."""
+    size = image_size(path, is_label)
+    if not is_label:  # which has its image's size
+        _check_size(path, size)
+        _check_size(path, size, width, crop)
+    if pixels:
+        (load_label_ids if is_label else load_image)(path)
+
+
+def _check_size(path, size, width=None, crop=None):
+    """ValueError if an image of `size` (width, height) cannot be resized to `width` and cropped to `crop` (height, width)."""
+    w, h = width or size[0], _height_at(width or size[0], *size)
+    found = f"{shown(path)}: {w}x{h}" + (f" at --width {width}" if width else "")
+    if w * h > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{found}, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})")
+    least_h, least_w = crop or (SMALLEST, SMALLEST)
+    if h < least_h or w < least_w:
+        least = f"the crop of {least_w}x{least_h}: lower --crop-size" if crop else f"{least_w}x{least_h}, the least allowed"
+        raise ValueError(f"{found}, which is smaller than {least}")
+
+
 def load_image(path):
-    """An image file of any 8-bit mode (colour, grey, palette, with alpha) -> tv_tensors.Image (3, H, W) uint8."""
+    """A PNG or JPEG file of any 8-bit mode (colour, grey, palette, with alpha) -> tv_tensors.Image (3, H, W) uint8.
+
+    Raises ValueError for anything else, damaged files and those of more than PIL.Image.MAX_IMAGE_PIXELS included.
+    """
     with _open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{path}: {image.mode} pixels (16-bit or float), where 8 bits a channel are needed")
         return tv_tensors.Image(torch.from_numpy(_pixels(path, image, "RGB")).permute(2, 0, 1))
 
 
 def load_label_ids(path):
-    """A PNG of Cityscapes label ids, grey or palette -> tv_tensors.Mask (H, W) uint8 of those ids."""
-    with _open(path) as image:
-        if image.mode not in ("L", "P", "1"):
-            raise ValueError(f"{path}: {image.mode} pixels, where 8-bit label ids are needed (grey or palette)")
+    """A PNG of Cityscapes label ids, grey or palette -> tv_tensors.Mask (H, W) uint8 of those ids. Raises as load_image."""
+    with _open(path, is_label=True) as image:
         ids = _pixels(path, image).astype(np.uint8)
     if unknown := np.flatnonzero(np.bincount(ids.ravel(), minlength=256) * ~KNOWN_IDS).tolist():
-        raise ValueError(f"{path}: label ids {unknown} are not in Cityscapes' table (0 to 33)")
+        raise ValueError(f"{shown(path)}: label ids {unknown} are not in Cityscapes' table (0 to 33)")
     return tv_tensors.Mask(torch.from_numpy(ids))
 
 
@@ -181,13 +304,17 @@ def resize_to_width(frame, width):
     height, old_width = frame.shape[-2:]
     if old_width == width:
         return frame
-    size = [max(1, round(height * width / old_width)), width]
+    size = [_height_at(width, old_width, height), width]
     if isinstance(frame, tv_tensors.Mask):
         # Nearest-exact, since plain nearest shifts labels by half a pixel. As a plain image of one channel: for a Mask,
         # torchvision before 0.29 takes plain nearest whatever it is told.
         resized = v2.functional.resize(frame.as_subclass(torch.Tensor)[None], size, InterpolationMode.NEAREST_EXACT)
         return tv_tensors.Mask(resized[0])
     return v2.functional.resize(frame, size, InterpolationMode.BILINEAR, antialias=True)
+
+
+def _height_at(width, old_width, height):
+    return max(1, round(height * width / old_width))
 
 
 def colourise(train_ids):
@@ -228,15 +355,11 @@ class Crops(Dataset):
 
     def __getitem__(self, k):
         frame = self.frame(k)
-        sample = [resize_to_width(load_image(frame.image), self.width)]
+        image = load_image(frame.image)
+        _check_size(frame.image, image.shape[:0:-1], self.width, self.crop)
+        sample = [resize_to_width(image, self.width)]
         if self.labelled:
             sample.append(resize_to_width(load_label(frame.label), self.width))
-        height, width = sample[0].shape[-2:]
-        if height < self.crop[0] or width < self.crop[1]:
-            raise ValueError(
-                f"{frame.image}: {width}x{height} at --width {self.width}, which is smaller than the crop of "
-                f"{self.crop[1]}x{self.crop[0]}: lower --crop-size"
-            )
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
             torch.manual_seed(_mix(self.seed, self.stream, 1, k))
             sample = self.augment(*sample)
@@ -279,15 +402,32 @@ def main():
     parser.add_argument("folder", metavar="DIR", help="a data set in GTA5's or in Cityscapes' layout")
     parser.add_argument("--split", default="train", help="of a Cityscapes layout, several joined by commas (default train)")
     parser.add_argument("--unlabelled", action="store_true", help="look at the images alone")
+    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
+    parser.add_argument("--check-data", action="store_true", help="read all pixels, too, and list all that is wrong")
     args = parser.parse_args()
+    folder = shown(args.folder)
     try:
-        frames = list_frames(args.folder, args.split, labelled=not args.unlabelled)
-        sizes = {image_size(f.image) for f in frames}
+        exclude = read_names(args.exclude) if args.exclude else ()
+        data_set = (args.folder, args.split, not args.unlabelled, exclude)
+        if args.check_data:
+            count = 0
+            for line in problems(*data_set):
+                print(line, flush=True)
+                count += 1
+            if count:
+                print(f"{folder}: {count} problem{'s' if count > 1 else ''}")
+                sys.exit(2)
+        frames = list_frames(*data_set)
+        if args.check_data:
+            print(f"{folder}: all {len(frames)} frames can be read")
+            return
+        check_frames(frames)
+        sizes = sorted(set(_each(image_size, [frame.image for frame in frames])))
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        print(f"data.py: {shown(error)}", file=sys.stderr)
         sys.exit(2)
-    shown = ", ".join(f"{w}x{h}" for w, h in sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
-    print(f"{args.folder}: {len(frames)} frames of {shown}" + ("" if args.unlabelled else ", each with its label"))
+    some = ", ".join(f"{w}x{h}" for w, h in sizes[:5]) + (", ..." if len(sizes) > 5 else "")
+    print(f"{folder}: {len(frames)} frames of {some}" + ("" if args.unlabelled else ", each with its label"))
 
 
 if __name__ == "__main__":

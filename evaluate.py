@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import files
 import models
 import runtime
 
@@ -78,8 +79,8 @@ def scores(confusion):
 
 def load_segmenter(run, flag, device):
     """A finished run of stage 3 or 4 -> (UNet in evaluation mode, the width it was trained at)."""
-    segmenter = models.load_network(runtime.finished(run, flag), models.UNet, device)
-    return segmenter.to(memory_format=torch.channels_last), runtime.read_json(Path(run) / "args.json")["width"]
+    segmenter = models.load_network(files.finished(run, flag), models.UNet, device)
+    return segmenter.to(memory_format=torch.channels_last), runtime.trained_width(Path(run))
 
 
 @torch.inference_mode()
@@ -94,9 +95,10 @@ def predict(segmenter, image, size, autocast):
 
 def evaluate(args):
     """Predict every labelled frame of a split -> the summed confusion matrix; with --save-predictions also PNG files."""
-    frames = data.list_frames(args.data, args.split)
+    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     device = runtime.pick_device(args.device)
     segmenter, width = load_segmenter(args.segmenter, "--segmenter", device)
+    data.check_frames(frames, width)
     autocast = runtime.autocast(device, runtime.pick_precision(args.precision, device))
     if args.save_predictions:
         args.save_predictions.mkdir(parents=True, exist_ok=True)
@@ -107,8 +109,8 @@ def evaluate(args):
         prediction = predict(segmenter, image.to(device), label.shape, autocast)
         total += confusion_matrix(prediction, label.to(device))
         if args.save_predictions:  # label ids under the names that the Cityscapes server takes
-            with runtime.whole_file(args.save_predictions / f"{frame.name}_pred_labelIds.png") as temporary:
-                Image.fromarray(label_ids[prediction.cpu().numpy()]).save(temporary)
+            ids = Image.fromarray(label_ids[prediction.cpu().numpy()])
+            files.write_whole(args.save_predictions / f"{frame.name}_pred_labelIds.png", files.png_bytes(ids))
     return total
 
 
@@ -126,14 +128,15 @@ def table_row(name, result):
 def report(out):
     """Write tables 1 to 3 and figures 3 and 4 of an $OUT of run_all.sh, and print the tables."""
     results = out / "results"
-    table2 = {row["model"]: row for row in runtime.read_csv(results / "table2.csv")}
-    if not table2:
+    if not (results / "table2.csv").is_file():
         raise ValueError(f"--report {out}: no {results / 'table2.csv'}, which evaluating a model with --out writes")
-    order = [name for name in MODELS if name in table2] + [name for name in table2 if name not in MODELS]
-    runtime.write_csv(results / "table2.csv", [table2[name] for name in order])
+    with files.lock(results, wait=True):
+        table2 = read_table(results / "table2.csv")
+        order = [name for name in MODELS if name in table2] + [name for name in table2 if name not in MODELS]
+        files.write_csv(results / "table2.csv", [table2[name] for name in order])
 
     if rows := table1(out):
-        runtime.write_csv(results / "table1.csv", rows)
+        files.write_csv(results / "table1.csv", rows)
         print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
     shown = ("model", *MEANS)
     print_table("Table 2: scores on the target's val split, percent", [{k: table2[m][k] for k in shown} for m in order])
@@ -141,7 +144,7 @@ def report(out):
         print(f"Table 3 and figure 4 need {', '.join(missing)} in table 2: left out")
     else:
         rows = table3(*(table2[name] for name in ("Source Only", "CLADA", "Oracle")))
-        runtime.write_csv(results / "table3.csv", rows)
+        files.write_csv(results / "table3.csv", rows)
         print_table("Table 3: IoU lost to the Oracle, and the part of it that CLADA recovers, percent", rows)
         if "control" in table2:
             gain = float(table2["CLADA"]["mIoU"]) - float(table2["control"]["mIoU"])
@@ -150,18 +153,35 @@ def report(out):
     translations_figure(out, results / "translations.png")
 
 
+def read_table(path):
+    """Rows of a table 2 by model. ValueError where a cell is neither empty nor a number, or a column is missing."""
+    rows = files.read_csv(path, "model", *MEANS, *data.CLASS_NAMES)
+    for row in rows:
+        for name in (*MEANS, *data.CLASS_NAMES):
+            try:
+                float(row[name] or 0)
+            except ValueError as error:
+                raise ValueError(f"{path}: {row['model']!r} has {name} {row[name][:40]!r}, which is no number") from error
+    return {row["model"]: row for row in rows}
+
+
 def table1(out):
     """A row a translated data set: the distance that fid.py wrote, seconds per iteration and peak memory of its translator."""
-    distances = {row.pop("model"): row for row in runtime.read_csv(out / "results" / "distances.csv")}
+    path = out / "results" / "distances.csv"
+    distances = {row.pop("model"): row for row in files.read_csv(path, *(["model"] if path.is_file() else []))}
     rows = []
     for name in ("Source", *MODELS):
         if name not in distances:
             continue
         row = {"model": name} | distances[name] | {"seconds_per_iteration": "", "peak_memory_mib": ""}
         if name != "Source":
-            summary = runtime.read_json(out / "translators" / MODELS[name] / "summary.json")
-            row["seconds_per_iteration"] = f"{summary['seconds_per_iteration']:.4f}"
-            row["peak_memory_mib"] = str(summary["peak_memory_mib"])
+            path = out / "translators" / MODELS[name] / "summary.json"
+            summary = files.read_json(path, "seconds_per_iteration", "peak_memory_mib")
+            try:
+                row["seconds_per_iteration"] = f"{float(summary['seconds_per_iteration']):.4f}"
+                row["peak_memory_mib"] = str(int(summary["peak_memory_mib"]))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{path}: seconds_per_iteration and peak_memory_mib must be numbers") from error
         rows.append(row)
     return rows
 
@@ -174,7 +194,7 @@ def table3(source, clada, oracle):
     rows = []
     for name in (*data.CLASS_NAMES, "mIoU"):
         row = {"class": name, "source_gap": "", "clada_gap": "", "recovered": ""}
-        if oracle[name] != "":
+        if "" not in (source[name], clada[name], oracle[name]):
             s, c, o = float(source[name]), float(clada[name]), float(oracle[name])
             row |= {"source_gap": f"{o - s:.2f}", "clada_gap": f"{o - c:.2f}"}
             if o > s:
@@ -199,7 +219,7 @@ def translations_figure(out, path):
     translated = {name: data.list_frames(folder, labelled=False) for name, folder in folders.items()}
     if not translated:
         return
-    source = runtime.read_json(out / "segmenters" / "source_only" / "args.json")["data"]
+    source = files.read_json(out / "segmenters" / "source_only" / "args.json", "data")["data"]
     by_name = [
         {f.name: f.image for f in frames} for frames in ([*data.list_frames(source, labelled=False)], *translated.values())
     ]
@@ -210,7 +230,7 @@ def translations_figure(out, path):
 
 def segmentations_figure(out, path):
     """Figure 4: test image, Source Only's prediction, CLADA's prediction, ground truth, void black."""
-    target = runtime.read_json(out / "segmenters" / "oracle" / "args.json")["data"]
+    target = files.read_json(out / "segmenters" / "oracle" / "args.json", "data")["data"]
     device = torch.device("cpu")
     names = ("Source Only", "CLADA")
     segmenters = [load_segmenter(out / "segmenters" / MODELS[name], "--report", device) for name in names]
@@ -257,8 +277,7 @@ def save_figure(path, titles, rows, legend=False):
             left, top = i % per_line * 120, y + i // per_line * line
             draw.rectangle((left, top + 5, left + 14, top + 18), fill=tuple(colour))
             draw.text((left + 20, top + line // 2), name, "black", font, anchor="lm")
-    with runtime.whole_file(path) as temporary:
-        figure.save(temporary)
+    files.write_whole(path, files.png_bytes(figure))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +289,7 @@ def parse_args():
     parser.add_argument("--segmenter", type=Path, metavar="RUN", help="a finished run of stage 3 or 4")
     parser.add_argument("--data", metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
     parser.add_argument("--split", default="val", help="of a Cityscapes layout (default val)")
+    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="the table that gets the row")
     parser.add_argument("--name", metavar="MODEL", help="of the row (default: the name of RUN)")
     parser.add_argument("--skip-done", action="store_true", help="do nothing if the table has RUN's row as it stands")
@@ -292,18 +312,19 @@ def main():
         report(args.report)
         return
     name = args.name or args.segmenter.name
-    rows = runtime.read_csv(args.out) if args.out else []
-    weights, note = runtime.finished(args.segmenter, "--segmenter"), args.segmenter / "evaluation.json"
+    weights, note = files.finished(args.segmenter, "--segmenter"), args.segmenter / "evaluation.json"
+    rows = list(read_table(args.out).values()) if args.out and args.out.is_file() else []
     if args.skip_done and note.is_file() and note.stat().st_mtime >= weights.stat().st_mtime:
-        if runtime.read_json(note) in rows:
+        if files.read_json(note) in rows:
             print(f"{name}: evaluated")
             return
     row = table_row(name, scores(evaluate(args)))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        position = next((i for i, other in enumerate(rows) if other["model"] == name), len(rows))
-        runtime.write_csv(args.out, [*rows[:position], row, *rows[position + 1 :]])
-        runtime.write_json(note, row)  # by which --skip-done sees that the row is this run's
+        with files.lock(args.out.parent, wait=True):  # another model's row may be on its way into the same table
+            files.clear_parts(args.out.parent)
+            table = read_table(args.out) if args.out.is_file() else {}
+            files.write_csv(args.out, list((table | {name: row}).values()))
+        files.write_json(note, row)  # by which --skip-done sees that the row is this run's
     print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
 
 

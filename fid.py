@@ -142,10 +142,11 @@ def read_weights(path):
         raise ValueError(f"weights {path}: not a checkpoint that torch.load(weights_only=True) reads") from error
 
 
-def find_images(folder):
+def find_images(folder, exclude=frozenset()):
     """Paths of all images below a folder, sorted. Links are followed, each real folder once, so that loops end.
 
-    Raises ValueError if there are fewer than two, OSError for a folder that cannot be listed.
+    exclude: names of files to leave out, with or without their suffix and Cityscapes' _leftImg8bit. Raises ValueError if
+    there are fewer than two images, OSError for a folder that cannot be listed.
     """
 
     def refuse(error):
@@ -158,8 +159,11 @@ def find_images(folder):
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        names = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        images += [os.path.join(parent, name) for name in names]
+        for name in files:
+            stem = os.path.splitext(name)[0]
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                if exclude.isdisjoint((name, stem, stem.removesuffix("_leftImg8bit"))):
+                    images.append(os.path.join(parent, name))
     if len(images) < 2:
         raise ValueError(f"{folder}: {len(images)} images found, a covariance needs at least 2")
     return sorted(images)
@@ -186,15 +190,17 @@ class ImageFiles(torch.utils.data.Dataset):
         return resize(rgb[None])[0]
 
 
-def statistics(images, network, batch_size=32, workers=0, cache=None):
+def statistics(images, network, batch_size=32, workers=0, cache=None, name="images"):
     """Mean (D,) and covariance (D, D; divided by n - 1) of a network's features, float64.
 
     images: a folder, or paths; network: (B, 3, 299, 299) in [0, 1] -> (B, D), used on its own device; cache: a folder
-    where results are kept, found again only for the same weights and the same files (path, size, time of change).
+    where results are kept, found again only for the same weights and the same files (path, size, time of change);
+    name: of the images in messages, where they are paths.
     Raises ValueError for fewer than two images, for one that cannot be read, and if features are not finite.
     """
-    name = images if isinstance(images, (str, os.PathLike)) else "images"
-    paths = find_images(images) if name is images else [os.fspath(path) for path in images]
+    if isinstance(images, (str, os.PathLike)):
+        name, images = images, find_images(images)
+    paths = [os.fspath(path) for path in images]
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images given, a covariance needs at least 2")
     cached = cache and Path(cache) / f"{fingerprint(paths, network)}.npz"
@@ -243,6 +249,8 @@ def load_statistics(path):
             mu, sigma = file["mu"], file["sigma"]
     except Exception as error:  # numpy and zipfile raise many kinds for a file that is something else
         raise ValueError(f"{path}: not statistics, expected an .npz with mu (D,) and sigma (D, D)") from error
+    if not (isinstance(mu, np.ndarray) and isinstance(sigma, np.ndarray)):  # a member without numpy's header comes as bytes
+        raise ValueError(f"{path}: not statistics, expected an .npz with mu (D,) and sigma (D, D)")
     check_statistics(mu, sigma, path)
     return mu, sigma
 
@@ -262,6 +270,8 @@ def replacing(path, mode, **options):
     try:
         with open(temporary, mode, **options) as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -308,9 +318,12 @@ def read_rows(path, column):
         return ["model", column], []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
-        rows, columns = list(reader), reader.fieldnames or []
+        try:
+            rows, columns = list(reader), reader.fieldnames or []
+        except csv.Error as error:
+            raise ValueError(f"{path}: not CSV ({error})") from error
     if "model" not in columns or column not in columns or any(None in row for row in rows):
-        raise ValueError(f"{path}: its columns are {','.join(columns)[:80]}, not model,{column}: choose another --out")
+        raise ValueError(f"{path}: its columns are {ascii(','.join(columns)[:80])}, not model,{column}: choose another --out")
     return columns, rows
 
 
@@ -343,6 +356,7 @@ def parse_arguments():
     parser.add_argument("--name", help="model that --out's row is for")
     parser.add_argument("--save", help="write A's statistics to this .npz")
     parser.add_argument("--cache", help="folder where statistics of folders are kept and found again (none)")
+    parser.add_argument("--exclude", metavar="FILE", help="names of images to leave out, one a line")
     parser.add_argument("--check", action="store_true", help="look for weights and inputs, say so, compute nothing")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time (32)")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="reading processes (up to 8)")
@@ -365,10 +379,10 @@ def parse_arguments():
     return args
 
 
-def open_input(path, dims):
+def open_input(path, dims, exclude):
     """(mu, sigma) of an .npz, or the list of a folder's images; ValueError if it is neither or does not fit."""
     if os.path.isdir(path):
-        return find_images(path)
+        return find_images(path, exclude)
     if not os.path.isfile(path) or not path.lower().endswith(".npz"):
         state = "not one" if os.path.exists(path) else "not there"
         raise ValueError(f"{path}: {state}, expected a folder of images or an .npz of statistics")
@@ -383,7 +397,8 @@ def run(args):
     if args.out is not None:
         read_rows(args.out, column)  # before hours of work, not after
     paths = [path for path in (args.A, args.B) if path is not None]
-    inputs = [open_input(path, args.dims) for path in paths]
+    exclude = set(Path(args.exclude).read_text(encoding="utf-8").split("\n")) if args.exclude else set()
+    inputs = [open_input(path, args.dims, {line.strip() for line in exclude}) for path in paths]
     if args.check or any(isinstance(data, list) for data in inputs):
         network = inception(args.weights, args.dims, args.seed).to(args.device)
     if args.check:
@@ -393,7 +408,7 @@ def run(args):
         return
     for k, path in enumerate(paths):
         if isinstance(inputs[k], list):
-            inputs[k] = statistics(path, network, args.batch_size, args.workers, args.cache)
+            inputs[k] = statistics(inputs[k], network, args.batch_size, args.workers, args.cache, name=path)
     if args.save:
         save_statistics(args.save, *inputs[0])
     if len(inputs) == 2:

@@ -13,10 +13,8 @@ there, so that the gap between them is one of appearance: the kind that CLADA is
 """
 
 import argparse
-import json
 import math
 import os
-import sys
 from collections import namedtuple
 from functools import cache, partial
 from multiprocessing import Pool
@@ -26,6 +24,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.datasets import Cityscapes
 from tqdm import tqdm
+
+import files
+import runtime
 
 IDS = {c.name: c.id for c in Cityscapes.classes}
 DOMAINS = ("source", "target")
@@ -527,25 +528,21 @@ def write_frame(frame, out, seed, height, width):
     if domain == "source":  # GTA5's labels are palette images: the indices are the ids
         label.putpalette([v for c in Cityscapes.classes if c.id >= 0 for v in c.color])
     for path, picture in ((image_path, Image.fromarray(image)), (label_path, label)):
-        partial_file = path.with_name(path.name + ".tmp")  # renamed when whole: a file is there entirely or not at all
-        picture.save(partial_file, format="PNG")
-        os.replace(partial_file, path)
+        files.write_whole(path, files.png_bytes(picture))
 
 
-def claim(out, arguments, fail):
-    """True if OUT is finished. If not, note the arguments in it, so that another run knows whose frames it holds."""
+def is_finished(out, arguments):
+    """Does OUT hold all frames of these arguments? ValueError if it holds something else."""
     done, begun = out / "demo.json", out / "demo.unfinished.json"
     for note in (note for note in (done, begun) if note.exists()):
-        before = json.loads(note.read_text())
+        before = files.read_json(note)
         for name, now in arguments.items():
             if (was := before.get(name)) != now:
                 flag = "--" + name.replace("_", "-")
-                fail(f"{flag} was {was} and is now {now}, says {note}; choose another OUT or remove this one")
+                raise ValueError(f"{flag} was {was} and is now {now}, says {note}; choose another OUT or remove this one")
         return note == done
     if (out / "source").exists() or (out / "target").exists():
-        fail(f"OUT: {out} holds a source or target folder that is not from this script; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(arguments, indent=1))
+        raise ValueError(f"OUT: {out} holds a source or target folder that is not from this script; choose another folder")
     return False
 
 
@@ -565,7 +562,7 @@ def parse_count(text, least=1):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="new folder; gets OUT/source, OUT/target and, last, OUT/demo.json"
     )
@@ -575,31 +572,26 @@ def main(argv=None):
     parser.add_argument("--target-count", type=parse_count, default=200, metavar="N", help="target train frames [200]")
     parser.add_argument("--val-count", type=parse_count, default=60, metavar="N", help="target val frames [60]")
 
-    def fail(message):
-        print(f"make_demo_data.py: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-    parser.error = fail  # one line, without the usage before it
     args = parser.parse_args(argv)
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
     frames = [("source", "train", k) for k in range(args.source_count)]
     frames += [("target", "train", k) for k in range(args.target_count)]
     frames += [("target", "val", k) for k in range(args.val_count)]
     height, width = map(int, args.size.split("x"))
-    try:
-        if claim(args.out, arguments, fail):
-            print(f"{args.out} is finished, with the same arguments: nothing to do")
-            return
+    if is_finished(args.out, arguments):
+        print(f"{args.out} is finished, with the same arguments: nothing to do")
+        return
+    with files.lock(args.out):
+        files.write_json(args.out / "demo.unfinished.json", arguments)
         for folder in {path.parent for frame in frames for path in paths(args.out, *frame)}:
             folder.mkdir(parents=True, exist_ok=True)
+            files.clear_parts(folder)
         work = partial(write_frame, out=args.out, seed=args.seed, height=height, width=width)
         with Pool() as pool:
             for _ in tqdm(pool.imap_unordered(work, frames, chunksize=4), total=len(frames), unit="frame", desc="demo data"):
                 pass
         os.replace(args.out / "demo.unfinished.json", args.out / "demo.json")
-    except OSError as error:
-        fail(f"OUT: cannot write {error.filename or args.out}: {error.strerror}; choose a folder that can be written")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_script(main)

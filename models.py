@@ -11,6 +11,10 @@ References: Johnson et al. 2016 and Zhu et al. 2017 (generator), Isola et al. 20
 and projection head), Ronneberger et al. 2015 and Tan and Le 2019 (task model), Hoffman et al. 2018 (feature discriminator).
 """
 
+import hashlib
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -214,8 +218,13 @@ class PatchProjector(nn.Module):
         for head, feature, location in zip(self.heads, features, locations, strict=True):
             # (B, C, H, W) -> (B, H*W, C) -> (B, S, C); in channels_last the permutation costs nothing
             patches = feature.permute(0, 2, 3, 1).flatten(1, 2)[:, location]
-            vectors.append(F.normalize(head(patches).float(), dim=-1))
+            vectors.append(F.normalize(promoted(head(patches)), dim=-1))
         return vectors
+
+
+def promoted(x):
+    """In float32 at least: fp16 and bf16 cannot resolve what follows."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_locations(features, num_patches):
@@ -241,8 +250,8 @@ def init_normal(network, deviation=0.02):
 class UNet(nn.Module):
     """The task model F: a U-Net over an EfficientNet encoder, (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits.
 
-    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded by the
-    efficientnet-pytorch package) or the path of a file in that package's format. Any H, W from 32 up.
+    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded from where the
+    efficientnet-pytorch package has them) or the path of a file in that package's format. Any H, W from 32 up.
     unet(x, return_features=True) -> (logits, features): a dict of the ten intermediate maps, "encoder1" (stride 2) to
     "encoder5" (stride 32) and "decoder1" (stride 16) to "decoder5" (stride 1); their channels: `feature_channels`.
     ImageNet's normalisation happens inside, so that a saved model takes plain [0, 1] images.
@@ -330,21 +339,13 @@ def efficientnet(name, weights=None):
     # batch_norm_momentum=0.9: running statistics move by 10% a step, as torch has it. The package's 1% suits 300k steps of
     # ImageNet; after a short training they lag so far behind that evaluation sees another network.
     options = {"image_size": None, "batch_norm_momentum": 0.9}
-    if weights is None:
-        network = EfficientNet.from_name(name, **options)
-    else:
-        path = None if weights == "imagenet" else str(weights)
+    network = EfficientNet.from_name(name, **options)
+    if weights is not None:
+        state = _download(url_map[name]) if weights == "imagenet" else _read_weights(weights)
         try:
-            network = EfficientNet.from_pretrained(name, weights_path=path, **options)
-        except OSError as error:
-            if path is None:
-                raise ValueError(
-                    f"the ImageNet weights of {name} could not be downloaded ({error}): fetch {url_map[name]} elsewhere "
-                    "and pass --encoder-weights FILE, or --encoder-weights none"
-                ) from error
-            raise ValueError(f"encoder weights {path}: {error.strerror or error}") from error
-        except Exception as error:  # the package asserts, torch raises RuntimeError, pickle its own
-            raise ValueError(f"encoder weights {path or url_map[name]}: not a state_dict of {name}") from error
+            network.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise ValueError(f"encoder weights {weights}: not a state_dict of {name}") from error
     for block in network._blocks:
         conv = block._depthwise_conv
         if conv.stride in (1, (1, 1), [1, 1]):
@@ -356,6 +357,36 @@ def efficientnet(name, weights=None):
     network.set_swish(memory_efficient=False)  # torch's own SiLU: faster, at the price of one stored activation a layer
     del network._conv_head, network._bn1, network._avg_pooling, network._dropout, network._fc  # the U-Net ends before
     return network
+
+
+def _download(url):
+    """The weights at an address whose file name ends in the start of their sha256, kept in torch.hub's folder."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    except OSError as error:
+        raise ValueError(
+            f"the ImageNet weights could not be downloaded ({error}): fetch {url} elsewhere and pass --encoder-weights FILE, "
+            "or --encoder-weights none"
+        ) from error
+    expected, found = path.stem.rpartition("-")[2], hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found.startswith(expected):
+        raise ValueError(
+            f"{path}: its sha256 begins with {found[:8]}, not {expected}: a damaged or foreign file? Remove it to have it "
+            "downloaded again, or, to trust it as it is, pass it as --encoder-weights"
+        )
+    return _read_weights(path)
+
+
+def _read_weights(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"encoder weights {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch.load raises a dozen kinds for a file that is something else
+        raise ValueError(f"encoder weights {path}: not a file that torch.load(weights_only=True) reads") from error
 
 
 class FeatureDiscriminator(nn.Module):
@@ -392,16 +423,28 @@ def load_network(path, expected=None, device="cpu"):
     expected: the class it must be, ResnetGenerator or UNet. Raises ValueError naming the file where it is another or no
     network at all, OSError where it cannot be read. Nothing in the file is executed (`weights_only`).
     """
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        network_class = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]]
-        if expected in (None, network_class):
-            network = network_class(**saved["arguments"])
-            network.load_state_dict(saved["state_dict"])
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
-        raise ValueError(f"{path}: not the weights.pt of a finished run ({type(error).__name__})") from error
+    with open(path, "rb") as file:
+        try:
+            saved = torch.load(file, map_location=device, weights_only=True)
+            network_class = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]]
+            if expected in (None, network_class):
+                _check_arguments(network_class, saved["arguments"], saved["state_dict"])
+                network = network_class(**saved["arguments"])
+                network.load_state_dict(saved["state_dict"])
+        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+            raise ValueError(f"{path}: not the weights.pt of a finished run ({type(error).__name__})") from error
     if expected not in (None, network_class):
         raise ValueError(f"{path}: holds a {saved['network']}, where a {expected.__name__} is needed")
     return network.to(device).eval()
+
+
+def _check_arguments(network_class, arguments, state):
+    """Arguments from a file are those of `network_state` and fit its weights, before a network is built by them."""
+    if network_class is UNet:
+        names, fit = {"num_classes", "encoder"}, len(state["head.weight"]) == arguments["num_classes"]
+    else:
+        names = {"in_channels", "out_channels", "base_channels", "n_blocks", "antialias"}
+        n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        fit = (len(state["stem.weight"]), n_blocks) == (arguments["base_channels"], arguments["n_blocks"])
+    if arguments.keys() != names or not fit:
+        raise ValueError("arguments and weights do not fit")

@@ -10,6 +10,7 @@
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
 #   SEED               (0)
 #   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
+#   EXCLUDE            a file with names of frames to leave out, one a line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; real data: published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
 #   PYTHON             the Python to use as it is, without any set-up
@@ -22,15 +23,15 @@ title() { printf '\n== %s\n' "$*"; }
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up: the active Python if it has the requirements, else .venv beside this file.
 
-has_requirements() { # PYTHON FILE...: is every package there, in its least version or a newer one?
+has_requirements() { # PYTHON FILE...: is every package there, in a version that fits? A newer torch does, too.
     "$1" - "${@:2}" 2>/dev/null <<'END'
 import re, sys
 from importlib.metadata import version
 numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)[:3]]
 assert sys.version_info >= (3, 10)
 for path in sys.argv[1:]:
-    for name, least in re.findall(r"^([\w-]+)[>=]=([\d.]+)", open(path).read(), re.M):
-        assert numbers(version(name)) >= numbers(least)
+    for name, sign, bound in re.findall(r"^([\w-]+)([>=]=|<)([\d.]+)", open(path).read(), re.M):
+        assert (numbers(version(name)) < numbers(bound)) == (sign == "<")
 END
 }
 
@@ -87,11 +88,33 @@ else
     workers=4
 fi
 common+=(--seed "$SEED")
+exclude=()
+if [ -n "${EXCLUDE:-}" ]; then
+    [ -f "$EXCLUDE" ] || fail "EXCLUDE is $EXCLUDE: no such file"
+    exclude=(--exclude "$EXCLUDE") common+=(--exclude "$EXCLUDE")
+fi
 read -ra words <<<"${TRANSLATOR_ARGS:-}" && translator+=("${words[@]}")
 read -ra words <<<"${SEGMENTER_ARGS:-}" && segmenter+=("${words[@]}")
 read -ra words <<<"${ADAPT_ARGS:-}" && adapter+=("${words[@]}")
 
-run() { "$PYTHON" "$HERE/$1" "${@:2}"; }
+# A script runs beside this one, which waits: so a signal is passed on at once, and the script can save its work.
+child=
+run() {
+    "$PYTHON" "$HERE/$1" "${@:2}" &
+    child=$!
+    local status=0
+    wait "$child" || status=$?
+    child=
+    return "$status"
+}
+stop() { # EXIT_STATUS
+    trap '' TERM INT HUP
+    if [ -n "$child" ] && kill -TERM "$child" 2>/dev/null; then wait "$child" || true; fi
+    exit "$1"
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+trap 'stop 129' HUP
 name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; esac; }
 photos_of() { if [ -d "$1/images" ]; then echo "$1/images"; else echo "$1/leftImg8bit/train"; fi; }
 
@@ -109,39 +132,42 @@ adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
 }
 evaluate() { # MODEL NAME
     run evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
-        --out "$OUT/results/table2.csv" --workers $workers --skip-done
+        --out "$OUT/results/table2.csv" --workers $workers --skip-done "${exclude[@]}"
 }
 distance() { # MODEL FOLDER
     run fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" --workers $workers \
-        --name "$1" --out "$OUT/results/distances.csv"
+        --name "$1" --out "$OUT/results/distances.csv" "${exclude[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiment
 
 [ -t 2 ] || export TQDM_MININTERVAL=15 # a log file needs few lines
-OUT=$(realpath -m "$OUT")
+OUT=$(realpath -m -- "$OUT")
+if [ -n "${SOURCE:-}" ]; then
+    SOURCE=$(realpath -m -- "$SOURCE") TARGET=$(realpath -m -- "$TARGET")
+    case $OUT/ in "$SOURCE"/* | "$TARGET"/*) fail "OUT=$OUT: lies inside SOURCE or TARGET, which are only read" ;; esac
+fi
 mkdir -p "$OUT/results" "$OUT/statistics"
 if [ -z "${SOURCE:-}" ]; then
     title "Stage 0: two domains are drawn"
     run make_demo_data.py "$OUT/data" --seed "$SEED" "${frames[@]}"
     SOURCE=$OUT/data/source TARGET=$OUT/data/target
 else
-    SOURCE=$(realpath -m "$SOURCE") TARGET=$(realpath -m "$TARGET")
     title "Preflight: data, weights and disk, before anything long starts"
-    run data.py "$TARGET" --split val
+    run data.py "$TARGET" --split val "${exclude[@]}"
     [ -d "$TARGET/leftImg8bit/val" ] || fail "TARGET=$TARGET: no leftImg8bit/val there, which the evaluation needs"
     for method in $METHODS; do train_translator "$method" --check; done
     train_segmenter source_only "$SOURCE" $bounds --check
     train_segmenter oracle "$TARGET" $bounds --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
-        --name Source --out "$OUT/results/distances.csv"
+        --name Source --out "$OUT/results/distances.csv" "${exclude[@]}"
     # A translated frame of 1024x563 takes about 1 MiB as PNG; checkpoints and weights about 1 GiB a method.
     frames=$(find -L "$(photos_of "$SOURCE")" -type f | wc -l)
     needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + 2048)) free=$(df --output=avail -m "$OUT" | tail -n 1)
     held=$(du -sm "$OUT" | cut -f 1) # what an earlier call has written already
-    [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk,$free are free"
+    [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi
 
 title "Stage 3: Source Only, the lower bound"
@@ -159,7 +185,7 @@ for method in $METHODS; do
     train_translator "$method"
     title "Stage 2: the source set through $model"
     run translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
-        --workers $workers
+        --workers $workers "${exclude[@]}"
     distance "$model" "$OUT/translated/$method/images"
     title "Stage 3: the task model on $model's translations"
     train_segmenter "$method" "$OUT/translated/$method" $segment

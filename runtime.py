@@ -14,7 +14,8 @@ anew at each, so that no state of a generator needs saving.
 
 import argparse
 import contextlib
-import csv
+import hashlib
+import io
 import json
 import logging
 import os
@@ -22,40 +23,58 @@ import resource
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
+
+import files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command lines and errors
 
 
 def run_script(main):
-    """Call main(); what a user can cause (ValueError, OSError) becomes one line on stderr and exit status 2.
+    """Call main(); what a user can cause becomes one line on stderr and an exit status.
 
-    CLADA_TRACEBACK=1 in the environment shows where it came from.
+    2 for bad input and for files that cannot be read or written (ValueError, OSError), 1 for a run that diverged
+    (FloatingPointError) or lacks memory. CLADA_TRACEBACK=1 in the environment shows where it came from.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("CLADA_TRACEBACK"):
-            raise
-        # A DataLoader's worker sends its whole traceback as the message; the error itself is the last line.
-        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: {text.removeprefix('ValueError: ')}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        status, text = _explained(error)
+        if status is None or os.environ.get("CLADA_TRACEBACK"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _explained(error):
+    """(exit status, one line) for an error that a user can cause, (None, "") for any other."""
+    text = str(error).strip() or type(error).__name__
+    if text.startswith("Caught ") and " worker process " in text:
+        # A DataLoader's worker sends its whole traceback as the message; the error itself comes last.
+        text = text.rpartition(f"\n{type(error).__name__}: ")[2]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return 1, "not enough memory: lower --batch-size, --crop-size, --width, --base-channels or --workers"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return 1, "a process that reads images was killed, most likely for lack of memory: lower --workers or --width"
+    if isinstance(error, FloatingPointError):
+        return 1, text
+    if isinstance(error, (ValueError, OSError)):
+        return 2, text.replace("\n", "\\n")  # of a path, say
+    return None, ""
 
 
 def positive_int(text):
@@ -72,11 +91,37 @@ def count(text):
     return value
 
 
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
+    return value
+
+
 def non_negative(text):
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
     return value
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def real_path(text):
+    """However a folder is spelt, it is the same when a run is resumed."""
+    return os.path.realpath(text)
 
 
 def height_width(text):
@@ -88,16 +133,22 @@ def height_width(text):
 
 
 def parser(description, commands):
-    """An argument parser that shows the script's commands as they stand in its docstring."""
-    return argparse.ArgumentParser(
-        description=description, epilog=commands, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """An argument parser that shows the script's commands as they stand in its docstring, and mistakes in one line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=description, epilog=commands, formatter_class=formatter)
+
+    def error(message):
+        print(f"{made.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    made.error = error
+    return made
 
 
 def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default)")
     parser.add_argument("--workers", type=count, default=4, help="processes that load images (default 4)")
-    parser.add_argument("--seed", type=count, default=0, help="of all that is random (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of all that is random (default 0)")
 
 
 def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
@@ -113,7 +164,7 @@ def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
         help=f"(default {crop_size})",
     )
     parser.add_argument("--width", type=positive_int, default=1024, help="frames are resized to it first (default 1024)")
-    parser.add_argument("--lr", type=non_negative, default=lr, help=f"Adam's learning rate (default {lr})")
+    parser.add_argument("--lr", type=positive, default=lr, help=f"Adam's learning rate (default {lr})")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it"
     )
@@ -121,7 +172,9 @@ def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
     parser.add_argument(
         "--save-every", type=positive_int, default=5000, metavar="N", help="checkpoint and sample grid (default 5000)"
     )
+    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
     parser.add_argument("--check", action="store_true", help="stop before the first step: are arguments and data all right?")
+    parser.add_argument("--restart", action="store_true", help="throw away what RUN holds and begin anew")
     add_device_arguments(parser)
 
 
@@ -159,81 +212,10 @@ def adam(parameters, lr, betas=(0.9, 0.999)):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """A temporary path beside `path`, which takes its place, written through to the disk, only if all went well."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def save_torch(content, path):
-    """torch.save, whole or not at all. By an open file: torch writes a path's name into the file, here a random one."""
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
-
-
-def write_json(path, content):
-    with whole_file(path) as temporary:
-        Path(temporary).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-
-
-def finished(out, name):
-    """Path of a finished run's weights.pt; ValueError if the run is not there or not finished. name: its flag."""
-    weights = Path(out) / "weights.pt"
-    if not weights.is_file():
-        raise ValueError(f"{name} {out}: no weights.pt there; is that run finished? The command that began it goes on with it")
-    return weights
-
-
-def write_csv(path, rows):
-    """Rows (dicts) as a CSV file with the columns of all of them, in the order of their first appearance."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path):
-    """The rows of a CSV file as dicts of strings; none if there is no such file."""
-    try:
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training runs
 
-# Arguments that may differ when a run is resumed: they do not change what it computes.
-FREE_ARGUMENTS = {"out", "device", "workers", "log_every", "save_every", "check"}
+# Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
+FREE_ARGUMENTS = {"out", "device", "workers", "log_every", "save_every", "check", "restart", "exclude"}
 
 
 class Run:
@@ -243,42 +225,78 @@ class Run:
         self.args, self.out = args, args.out
         self.device = pick_device(args.device)
         self.checkpoint = self.out / "checkpoint.pt"
-        stored = read_json(self.out / "args.json") if (self.out / "args.json").is_file() else {}
+        if args.crop_size[1] > args.width:
+            raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames, which --width {args.width} makes")
+        files.check_out(self.out, *(getattr(args, name, None) for name in ("source", "target", "data", "segmenter")))
+        begun = self.out / "args.json"
+        self.stored = files.read_json(begun) if begun.is_file() and not args.restart else {}
         if args.precision == "auto":
-            args.precision = stored.get("precision") or pick_precision("auto", self.device)
-        self.arguments = json.loads(json.dumps(vars(args), default=str))
-        changed = [
-            f"--{key.replace('_', '-')} (was {stored[key]}, is {value})"
-            for key, value in self.arguments.items()
-            if key in stored and key not in FREE_ARGUMENTS and stored[key] != value
-        ]
-        if changed:
-            raise ValueError(f"{self.out}: begun with other arguments: {', '.join(changed)}; give another --out or remove it")
+            args.precision = self.stored.get("precision") or pick_precision("auto", self.device)
+        args.script = Path(sys.argv[0]).name
+        self.compare_arguments()
         self.iteration = 0  # the number of steps done
-        self.is_finished = (self.out / "weights.pt").is_file()
+        self.is_finished = (self.out / "weights.pt").is_file() and not args.restart
         self.rows, self.sums, self.steps_summed = [], {}, 0
 
-    def restore(self, **state):
-        """Name what a checkpoint holds (objects with state_dict and load_state_dict), and load it if there is one."""
+    def compare_arguments(self):
+        """Raises ValueError if the run was begun with arguments, or with data, that would change what it computes."""
+        self.arguments = json.loads(json.dumps(vars(self.args), default=str))
+        changed = [
+            f"--{key.replace('_', '-')} (was {self.stored[key]}, is now {value})"
+            for key, value in self.arguments.items()
+            if key in self.stored and key not in FREE_ARGUMENTS and self.stored[key] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.out}: begun with other arguments: {', '.join(changed)}; "
+                "give another --out, or --restart to throw away what is there"
+            )
+
+    def restore(self, frames=None, **state):
+        """Name what a checkpoint holds (objects with state_dict and load_state_dict), and load it if there is one.
+
+        frames: {name of a data set: its frames}; a run does not go on with others. From here on the run directory is
+        this process's.
+        """
         self.state = state
+        for name, listed in (frames or {}).items():
+            setattr(self.args, f"{name}_frames", fingerprint(listed))
+        self.compare_arguments()
         if self.args.check:
-            print(f"{Path(sys.argv[0]).name}: arguments and data are all right ({self.device}, {self.args.precision})")
+            print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
             sys.exit()
-        if self.checkpoint.is_file():
+        self.lock = files.lock(self.out)
+        if self.args.restart:
+            self._clear()
+        elif self.checkpoint.is_file():
+            self._load()
+        (self.out / "samples").mkdir(exist_ok=True)
+        files.clear_parts(self.out)
+        files.clear_parts(self.out / "samples")
+        files.write_json(self.out / "args.json", self.arguments)
+
+    def _load(self):
+        with open(self.checkpoint, "rb") as file:
             try:
-                saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-                for name, part in state.items():
+                saved = torch.load(file, map_location=self.device, weights_only=True)
+                for name, part in self.state.items():
                     part.load_state_dict(saved["state"][name])
                 self.iteration, self.sums, self.steps_summed = saved["iteration"], saved["sums"], saved["steps_summed"]
-            except OSError:
-                raise
-            except Exception as error:
-                raise ValueError(f"{self.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
-        self.rows = [row for row in read_csv(self.out / "log.csv") if int(row["iteration"]) <= self.iteration]
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        for leftover in self.out.glob(".checkpoint.????????.pt"):  # whole_file's, of a killed run
-            leftover.unlink()
-        write_json(self.out / "args.json", self.arguments)
+                rows = files.read_csv(self.out / "log.csv")
+                self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
+                for row in self.rows:
+                    float(row["seconds_per_iteration"]), int(row["peak_memory_mib"])
+            except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+                raise ValueError(
+                    f"{self.checkpoint}: not a checkpoint of this run, or log.csv beside it is damaged "
+                    f"({type(error).__name__}); --restart begins anew"
+                ) from error
+
+    def _clear(self):
+        for name in ("weights.pt", "checkpoint.pt", "log.csv", "summary.json", "evaluation.json", "args.json"):
+            (self.out / name).unlink(missing_ok=True)
+        for sample in (self.out / "samples").glob("*.png"):
+            sample.unlink()
 
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the steps that are left; logs, saves, and stops on signals."""
@@ -322,32 +340,40 @@ class Run:
     def _write_log(self):
         means = self._finite_means()  # waits for the device, so that the time below is that of finished steps
         seconds = (time.perf_counter() - self.interval_start) / self.steps_timed
+        self._finite_state()
         self.rows.append(
             {"iteration": self.iteration}
             | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
             | {"seconds_per_iteration": f"{seconds:.4f}", "peak_memory_mib": f"{peak_memory_mib(self.device):.0f}"}
         )
-        write_csv(self.out / "log.csv", self.rows)
+        files.write_csv(self.out / "log.csv", self.rows)
         self.sums, self.steps_summed, self.steps_timed, self.interval_start = {}, 0, 0, time.perf_counter()
 
     def _finite_means(self):
         means = {name: float(total) / self.steps_summed for name, total in self.sums.items()}
         if bad := [name for name, mean in means.items() if not np.isfinite(mean)]:
-            raise FloatingPointError(
-                f"{self.out}: diverged before iteration {self.iteration}: {', '.join(bad)} not finite; "
-                "the last checkpoint is kept, a lower --lr may help"
-            )
+            raise self._diverged("loss", bad)
         return means
 
-    def save(self):
-        """Write checkpoint.pt; a state whose losses are not finite is never saved."""
-        self._finite_means()
-        start = time.perf_counter()
+    def _finite_state(self):
         state = {name: part.state_dict() for name, part in self.state.items()}
-        save_torch(
-            {"iteration": self.iteration, "state": state, "sums": self.sums, "steps_summed": self.steps_summed},
-            self.checkpoint,
+        if bad := not_finite(state):
+            raise self._diverged("state", bad)
+        return state
+
+    def _diverged(self, kind, names):
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return FloatingPointError(
+            f"{self.out}: diverged before iteration {self.iteration}: {kind} {shown} not finite; "
+            "the last checkpoint is kept, a lower --lr (with --restart) may help"
         )
+
+    def save(self):
+        """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
+        start = time.perf_counter()
+        self._finite_means()
+        content = {"iteration": self.iteration, "state": self._finite_state()}
+        files.write_whole(self.checkpoint, torch_bytes(content | {"sums": self.sums, "steps_summed": self.steps_summed}))
         self.interval_start += time.perf_counter() - start  # saving is no part of a step
 
     def save_grid(self, *columns):
@@ -356,22 +382,72 @@ class Run:
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         rows = torch.stack([c.detach().float().cpu().clamp(0, 1) for c in columns], dim=1).flatten(0, 1)
-        with whole_file(self.out / "samples" / f"{self.iteration + 1:07d}.png") as temporary:
-            save_image(make_grid(rows, nrow=len(columns)), temporary)
+        grid = to_pil_image(make_grid(rows, nrow=len(columns)))
+        files.write_whole(self.out / "samples" / f"{self.iteration + 1:07d}.png", files.png_bytes(grid))
         self.interval_start += time.perf_counter() - start
 
     def finish(self, weights, **summary):
         """Write summary.json and, last, weights.pt: the sign that the run is finished."""
-        times = [float(row["seconds_per_iteration"]) for row in self.rows]
+        times = [float(row["seconds_per_iteration"]) for row in self.rows] or [0.0]
         summary |= {
             "iterations": self.iteration,
             "seconds_per_iteration": statistics.median(times[1:] or times),  # the first interval warms up
-            "peak_memory_mib": max(int(row["peak_memory_mib"]) for row in self.rows),
+            "peak_memory_mib": max((int(row["peak_memory_mib"]) for row in self.rows), default=0),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
-        write_json(self.out / "summary.json", summary)
-        save_torch(weights, self.out / "weights.pt")
+        files.write_json(self.out / "summary.json", summary)
+        files.write_whole(self.out / "weights.pt", torch_bytes(weights))
+
+
+def fingerprint(frames):
+    """How many frames there are, and a hash of their names: does a run go on with the data that it was begun with?"""
+    names = "\0".join(frame.name for frame in frames).encode(errors="surrogateescape")
+    return f"{len(frames)} frames, {hashlib.sha256(names).hexdigest()[:12]}"
+
+
+def trained_width(run):
+    """The width of the frames that a run was trained on, from its args.json."""
+    width = files.read_json(run / "args.json", "width")["width"]
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"{run / 'args.json'}: width is {width!r}, where a whole number from 1 up is needed")
+    return width
+
+
+def torch_bytes(content):
+    """What torch.save writes, as bytes, and the same bytes for the same content.
+
+    A file that torch writes itself holds its path's name; and pickle writes an object that it has seen by reference, so
+    that equal strings must be one object: those of a resumed run were read from a file, one by one.
+    """
+    buffer = io.BytesIO()
+    torch.save(_plain(content), buffer)
+    return buffer.getbuffer()
+
+
+def _plain(part):
+    if isinstance(part, dict):
+        return {_plain(key): _plain(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part)(_plain(value) for value in part)
+    return sys.intern(part) if isinstance(part, str) else part
+
+
+def not_finite(state, name=""):
+    """Names of the tensors in nested dicts and lists that hold nan or infinity; waits for the device once."""
+    named = [(key, tensor) for key, tensor in _tensors(state, name) if tensor.is_floating_point() and tensor.numel()]
+    if not named:
+        return []
+    largest = torch.stack([torch.linalg.vector_norm(tensor.detach(), float("inf")).double() for _, tensor in named])
+    return [key for (key, _), good in zip(named, largest.isfinite().tolist(), strict=True) if not good]
+
+
+def _tensors(part, name):
+    if isinstance(part, torch.Tensor):
+        yield name, part
+    elif isinstance(part, (dict, list, tuple)):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 class _Batches:

@@ -19,7 +19,9 @@ from losses import segmentation_loss
 
 def parse_args(words=None):
     parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
-    parser.add_argument("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    parser.add_argument(
+        "--data", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
+    )
     parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
     parser.add_argument("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
     parser.add_argument(
@@ -42,7 +44,7 @@ def parse_args(words=None):
 
 def learning_rate(iteration, iterations, base):
     """The paper's step: 2e-4, then 1e-5 for the last third (40k of 120k)."""
-    return base if iteration < iterations * 2 // 3 else base / 20
+    return base if 3 * iteration < 2 * iterations else base / 20
 
 
 def training_step(segmenter, optimizer, images, labels, autocast):
@@ -58,17 +60,18 @@ def training_step(segmenter, optimizer, images, labels, autocast):
 
 def main():
     args = parse_args()
-    frames = data.list_frames(args.data, args.split)
     run = runtime.Run(args)
     if run.is_finished:
         print(f"{args.out}: finished")
         return
+    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     weights = None if args.encoder_weights == "none" else args.encoder_weights
     segmenter = models.UNet(len(data.CLASSES), args.encoder, weights)
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
-    run.restore(segmenter=segmenter, optimizer=optimizer)
+    run.restore(frames={"data": frames}, segmenter=segmenter, optimizer=optimizer)
 
     length = args.iterations * args.batch_size
     dataset = data.Crops(frames, args.width, args.crop_size, length, args.seed, labelled=True)

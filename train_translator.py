@@ -24,8 +24,14 @@ BETAS = (0.5, 0.999)  # Adam's, Zhu et al. 2017
 
 def parse_args(words=None):
     parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
-    parser.add_argument("--source", required=True, metavar="DIR", help="data set X, GTA5 or Cityscapes layout; labels unread")
-    parser.add_argument("--target", required=True, metavar="DIR", help="data set Y, likewise")
+    parser.add_argument(
+        "--source",
+        type=runtime.real_path,
+        required=True,
+        metavar="DIR",
+        help="data set X, GTA5 or Cityscapes layout; labels unread",
+    )
+    parser.add_argument("--target", type=runtime.real_path, required=True, metavar="DIR", help="data set Y, likewise")
     parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
     parser.add_argument("--method", required=True, choices=("cyclegan", *VARIANTS))
     parser.add_argument("--base-channels", type=runtime.positive_int, default=64, help="of all networks (default 64)")
@@ -163,7 +169,7 @@ class CycleTranslation:
 
 
 def l1(a, b):
-    return (a.float() - b.float()).abs().mean()
+    return (models.promoted(a) - models.promoted(b)).abs().mean()
 
 
 class ImagePool:
@@ -201,15 +207,18 @@ def _on(device, network):
 
 def main():
     args = parse_args()
-    source = data.list_frames(args.source, labelled=False)
-    target = data.list_frames(args.target, args.target_splits, labelled=False)
     run = runtime.Run(args)
     if run.is_finished:
         print(f"{args.out}: finished")
         return
+    exclude = data.read_names(args.exclude) if args.exclude else ()
+    source = data.list_frames(args.source, labelled=False, exclude=exclude)
+    target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
+    for frames in (source, target):
+        data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     translation = (CycleTranslation if args.method == "cyclegan" else ContrastiveTranslation)(args, run.device)
-    run.restore(**translation.state)
+    run.restore(frames={"source": source, "target": target}, **translation.state)
 
     length = args.iterations * args.batch_size
     dataset = StackDataset(

@@ -18,16 +18,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
+import files
 import models
 import runtime
 
 
 def parse_args():
     parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
-    parser.add_argument("--source", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    parser.add_argument(
+        "--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
+    )
     parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
     parser.add_argument("--translator", type=Path, required=True, metavar="RUN", help="a finished run of train_translator.py")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the translated data set")
+    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
+    parser.add_argument("--restart", action="store_true", help="throw away the frames that OUT holds and begin anew")
     parser.add_argument("--batch-size", type=runtime.positive_int, default=1, help="frames at a time (default 1)")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it"
@@ -65,8 +70,7 @@ def write_png(path, array, palette=None):
     image = Image.fromarray(array)
     if palette is not None:
         image.putpalette(palette)
-    with runtime.whole_file(path) as temporary:
-        image.save(temporary)
+    files.write_whole(path, files.png_bytes(image))
 
 
 def check_disk(out, frames, width):
@@ -79,22 +83,31 @@ def check_disk(out, frames, width):
 
 def main():
     args = parse_args()
-    frames = data.list_frames(args.source, args.split)
-    weights = runtime.finished(args.translator, "--translator")
-    width = runtime.read_json(args.translator / "args.json")["width"]
+    files.check_out(args.out, args.source, args.translator)
+    frames = data.list_frames(args.source, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    weights = files.finished(args.translator, "--translator")
+    width = runtime.trained_width(args.translator)
+    data.check_frames(frames, width)
 
     # What the output depends on: a folder that was begun with something else is not gone on with.
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     device = runtime.pick_device(args.device)
     precision = runtime.pick_precision(args.precision, device)
-    facts = {"source": args.source, "split": args.split, "width": width, "weights": digest}
+    facts = {"source": args.source, "split": args.split, "frames": runtime.fingerprint(frames), "width": width}
+    facts |= {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
     facts |= {"batch_size": args.batch_size, "precision": precision}
-    if (begun := args.out / "args.json").is_file() and (was := runtime.read_json(begun)) != facts:
+    lock = files.lock(args.out)  # noqa: F841 - held as long as the process lives
+    if (begun := args.out / "args.json").is_file() and not args.restart and (was := files.read_json(begun)) != facts:
         changed = ", ".join(f"{key} (was {was.get(key)}, is {facts[key]})" for key in facts if was.get(key) != facts[key])
-        raise ValueError(f"--out {args.out}: begun with another {changed}; give another --out or remove it")
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
-    (args.out / "labels").mkdir(exist_ok=True)
-    runtime.write_json(begun, facts)
+        raise ValueError(
+            f"--out {args.out}: begun with another {changed}; give another --out, or --restart to throw away what is there"
+        )
+    for folder in (args.out, args.out / "images", args.out / "labels"):
+        folder.mkdir(exist_ok=True)
+        files.clear_parts(folder)
+    if args.restart:
+        for frame in itertools.chain(*((args.out / part).glob("[!.]*.png") for part in ("images", "labels"))):
+            frame.unlink()
+    files.write_json(begun, facts)
 
     # Batches are cut before finished ones are left out: what stands beside a frame is the same in an interrupted run.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]

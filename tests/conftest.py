@@ -1,6 +1,33 @@
-"""hypothesis: the same examples at every run, and no time limit on one, which a busy machine would break."""
+"""Every test starts from one seed; hypothesis takes the same examples at every run and has no time limit on one."""
 
+import pytest
+import torch
+from commands import SITECUSTOMIZE, script
 from hypothesis import settings
 
+# A time limit would make the tests fail on a busy machine.
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A pair of domains, 144 pixels wide: what trains at a width of 128 resizes them."""
+    out = tmp_path_factory.mktemp("pair of domains")  # with spaces in its name
+    counts = ["--source-count", 4, "--target-count", 3, "--val-count", 2]
+    made = script("make_demo_data.py", out / "d", "--size", "72x144", *counts)
+    assert made.returncode == 0, made.stderr
+    return out / "d"
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    """An environment in which Python runs SITECUSTOMIZE."""
+    folder = tmp_path_factory.mktemp("watch")
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    return {"PYTHONPATH": str(folder)}

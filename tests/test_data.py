@@ -1,5 +1,12 @@
 """data.py: both layouts, reading of every kind of file, and alignment of image and label."""
 
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from torch.utils.data import StackDataset
+from torchvision.datasets import Cityscapes
 
 import data
 
@@ -61,6 +69,8 @@ def test_class_table_is_cityscapesscripts():
     assert not evaluated  # none of theirs is left over
     expected = {label.id: label.trainId for label in labels if not label.ignoreInEval}
     assert data.TRAIN_IDS.tolist() == [expected.get(i, data.VOID) for i in range(256)]
+    table = {(c.name, c.id, c.color, c.ignore_in_eval) for c in Cityscapes.classes}
+    assert table == {(label.name, label.id, label.color, label.ignoreInEval) for label in labels}  # void too
     known = {label.id % 256 for label in labels} | {34}  # -1 is 255 in eight bits; 34 is GTA5's
     assert np.flatnonzero(data.KNOWN_IDS).tolist() == sorted(known)
 
@@ -76,6 +86,13 @@ def test_layouts_are_told_apart(tmp_path):
         data.list_frames(tmp_path)
     with pytest.raises(ValueError, match="no such split"):
         data.list_frames(cityscapes, "test")
+
+
+def test_suffixes_are_read_in_capitals_too(tmp_path):
+    root = write_gta5(tmp_path, [(20, 30)] * 2)
+    for path in (root / "images" / "00001.png", root / "labels" / "00001.png"):
+        path.rename(path.with_suffix(".PNG"))
+    assert [f.name for f in data.list_frames(root)] == ["00000", "00001"]
 
 
 def test_unlabelled_frames_need_no_labels(tmp_path):
@@ -178,6 +195,52 @@ def test_image_and_label_stay_aligned_through_crop_and_flip(tmp_path):
     assert len({image.numpy().tobytes() for image, _ in samples}) > 20  # not one crop again and again
 
 
+def test_half_of_the_samples_are_mirrored_image_and_label_together(tmp_path):
+    frames = data.list_frames(write_gta5(tmp_path, [(20, 30)]))
+    whole = data.load_image(frames[0].image), data.load_label(frames[0].label)
+    crops = data.Crops(frames, 30, (20, 30), length=40, labelled=True)
+    mirrored = 0
+    for image, label in (crops[k] for k in range(40)):
+        is_mirrored = torch.equal(image, whole[0].flip(-1))
+        for part, original in zip((image, label), whole):
+            assert torch.equal(part, original.flip(-1) if is_mirrored else original)
+        mirrored += is_mirrored
+    assert 10 <= mirrored <= 30
+
+
+def test_streams_are_unlike_in_order_and_crop(tmp_path):
+    frames = data.list_frames(write_gta5(tmp_path, [(40, 60)] * 8))
+    x, y = (data.Crops(frames, 60, (16, 16), 16, stream=stream) for stream in (0, 1))
+    assert [x.frame(k).name for k in range(16)] != [y.frame(k).name for k in range(16)]
+    one = data.list_frames(write_gta5(tmp_path / "one", [(40, 60)]))
+    x, y = (data.Crops(one, 60, (16, 16), 8, stream=stream) for stream in (0, 1))
+    assert not any(torch.equal(x[k], y[k]) for k in range(8))
+
+
+def test_frames_have_the_image_at_a_width_and_the_label_as_it_is(tmp_path):
+    frame = data.list_frames(write_gta5(tmp_path, [(40, 60)]))[0]
+    image, label = data.Frames([frame], 30)[0]
+    assert torch.equal(image, data.resize_to_width(data.load_image(frame.image), 30)) and image.shape == (3, 20, 30)
+    assert torch.equal(label, data.load_label(frame.label)) and label.shape == (40, 60)
+
+
+@pytest.mark.parametrize("width", [60, 47, 130])
+def test_images_are_resized_as_pillow_does(width):
+    """Bilinear and antialiased; both round to whole levels in their own way."""
+    pixels = np.random.default_rng(0).integers(256, size=(60, 90, 3), dtype=np.uint8)
+    image = data.tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    resized = data.resize_to_width(image, width).permute(1, 2, 0).numpy()
+    expected = Image.fromarray(pixels).resize((width, round(60 * width / 90)), Image.Resampling.BILINEAR)
+    assert np.abs(resized.astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_train_ids_are_shown_in_cityscapes_colours():
+    colours = {label.trainId: label.color for label in labels if not label.ignoreInEval}
+    ids = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    shown = data.colourise(ids).permute(1, 2, 0).view(256, 3).tolist()
+    assert shown == [list(colours.get(i, (0, 0, 0))) for i in range(256)]
+
+
 def test_sample_k_depends_on_seed_and_k_alone(tmp_path):
     frames = data.list_frames(write_gta5(tmp_path, [(40, 60)] * 5))
     one, two = (data.Crops(frames, 60, (16, 16), 20, seed=3) for _ in range(2))
@@ -206,6 +269,360 @@ def test_a_crop_larger_than_a_frame_is_refused_by_name(tmp_path):
     crops = data.Crops(data.list_frames(write_gta5(tmp_path, [(20, 30)])), 30, (24, 24), 1)
     with pytest.raises(ValueError, match="00000.png: 30x20 .*--crop-size"):
         crops[0]
+
+
+# --- input that cannot be used: each is refused by name, in one line
+
+
+def refused(function, *args, **options):
+    """The message of the ValueError that a call raises, which must be one line."""
+    with pytest.raises(ValueError) as error:
+        function(*args, **options)
+    message = str(error.value)
+    assert message.isprintable() and message.isascii() and "Error" not in message, message
+    return message
+
+
+def command(monkeypatch, capsys, *args):
+    """`python data.py args`, in this process -> (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    try:
+        data.main()
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    return status, *capsys.readouterr()
+
+
+def png(width, height, bits, colour, pixels=b""):
+    """A PNG file by hand, for what Pillow does not write. colour: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
+    chunks = (
+        (b"IHDR", struct.pack(">2I5B", width, height, bits, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(pixels)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def write_bytes(content):
+    return lambda path: path.write_bytes(content)
+
+
+def save(mode, size, format="PNG"):
+    return lambda path: Image.new(mode, size).save(path, format)
+
+
+NO_FILE = {  # how to make it, and what list_frames says
+    "folder": (lambda path: path.mkdir(), "not a regular file"),
+    "fifo": (os.mkfifo, "not a regular file"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "not a regular file, nor a link to one"),
+    "loop of links": (lambda path: path.symlink_to(path.name), "not a regular file, nor a link to one"),
+}
+NO_IMAGE = {  # what check_frames and load_image say
+    "empty": (write_bytes(b""), "not a PNG or JPEG image"),
+    "text": (write_bytes(b"version https://git-lfs.github.com/spec/v1"), "not a PNG or JPEG image"),
+    "header cut off": (write_bytes(png(20, 20, 8, 2)[:20]), "not a PNG or JPEG image"),
+    "no side": (write_bytes(png(0, 20, 8, 2)), "not a PNG or JPEG image"),
+    "float": (save("F", (20, 20), "TIFF"), "not a PNG or JPEG image"),
+    "16-bit grey": (save("I;16", (20, 20)), "16-bit pixels"),
+    "16-bit colour": (write_bytes(png(20, 20, 16, 2, bytes(20 * 121))), "16-bit pixels"),
+    "16-bit grey with alpha": (write_bytes(png(20, 20, 16, 4, bytes(20 * 81))), "16-bit pixels"),
+    "16-bit colour with alpha": (write_bytes(png(20, 20, 16, 6, bytes(20 * 161))), "16-bit pixels"),
+    "twice too many pixels": (write_bytes(png(100_000, 100_000, 8, 2)), "more than PIL.Image.MAX_IMAGE_PIXELS (89478485)"),
+    "some too many pixels": (write_bytes(png(10_000, 9_000, 8, 2)), "10000x9000, more than PIL.Image.MAX_IMAGE_PIXELS"),
+}
+NO_SIZE = {  # what check_frames says; load_image takes them
+    "1x1": (save("RGB", (1, 1)), "1x1, which is smaller than 16x16"),
+    "1xN": (save("RGB", (400, 1)), "400x1, which is smaller than 16x16"),
+    "Nx15": (save("L", (15, 400)), "15x400, which is smaller than 16x16"),
+}
+NO_LABEL = {  # what list_frames and load_label_ids say
+    "colour": (save("RGB", (30, 20)), "RGB pixels, where 8-bit label ids"),
+    "16-bit": (save("I;16", (30, 20)), "16B pixels, where 8-bit label ids"),
+    "4-bit grey": (write_bytes(png(30, 20, 4, 0, bytes(20 * 16))), "L;4 pixels, where 8-bit label ids"),
+    "JPEG": (save("L", (30, 20), "JPEG"), "not a PNG image"),
+}
+quiet = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest shows what data.py silences
+
+
+def cases(*tables):
+    return [pytest.param(*case, id=name) for table in tables for name, case in table.items()]
+
+
+@pytest.mark.parametrize(("make", "message"), cases(NO_FILE))
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, make, message, labelled):
+    root = write_gta5(tmp_path, [(20, 30)] * 3)
+    path = root / "images" / "00001.png"
+    path.unlink()
+    make(path)
+    frame = data.Frame("00001", path, None)
+    for function, argument in ((data.check_frames, [frame]), (data.load_image, path), (data.load_label_ids, path)):
+        assert f"00001.png: {message}" in refused(function, argument)
+    assert f"images/00001.png: {message}" in refused(data.list_frames, root, labelled=labelled)
+
+
+@quiet
+@pytest.mark.parametrize(("make", "message"), cases(NO_IMAGE, NO_SIZE))
+def test_images_that_cannot_be_used_are_refused_from_their_headers(tmp_path, make, message):
+    root = write_gta5(tmp_path, [(20, 30)] * 3)
+    path = root / "images" / "00001.png"
+    path.unlink()
+    make(path)
+    frames = data.list_frames(root, labelled=False)
+    assert f"00001.png: {message}" in refused(data.check_frames, frames)
+    data.check_frames([frames[0], frames[2]])
+    if "smaller" in message:
+        data.load_image(path)
+    else:
+        assert f"00001.png: {message}" in refused(data.load_image, path)
+        path.rename(root / "labels" / "00001.png")  # a label is refused no less, and before its size is compared
+        Image.new("RGB", (30, 20)).save(path)
+        assert "labels/00001.png: " in refused(data.list_frames, root)
+        assert "labels/00001.png: " in refused(data.load_label_ids, root / "labels" / "00001.png")
+
+
+@pytest.mark.parametrize(("make", "message"), cases(NO_LABEL))
+def test_labels_that_cannot_be_used_are_refused_from_their_headers(tmp_path, make, message):
+    root = write_gta5(tmp_path, [(20, 30)] * 2)
+    frame = data.list_frames(root)[1]
+    frame.label.unlink()
+    make(frame.label)
+    assert message in refused(data.list_frames, root)
+    assert message in refused(data.check_frames, [frame])
+    assert message in refused(data.load_label_ids, frame.label)
+
+
+def test_few_bits_are_no_fault(tmp_path):
+    """Of a palette or black and white, where Pillow keeps indices as they are."""
+    for bits in (1, 2, 4):
+        ids = (np.arange(20 * 30) % 2**bits).astype(np.uint8).reshape(20, 30)
+        image = Image.fromarray(ids)
+        image.putpalette(list(range(256)) * 3)
+        image.save(tmp_path / "x.png", bits=bits)
+        assert np.array_equal(data.load_label_ids(tmp_path / "x.png").numpy(), ids)
+    Image.fromarray(ids > 7).save(tmp_path / "x.png")
+    assert np.array_equal(data.load_label_ids(tmp_path / "x.png").numpy(), ids > 7)
+
+
+def test_sizes_are_checked_as_they_will_be_after_resizing(tmp_path):
+    def frame(width, height):
+        path = tmp_path / f"{width}x{height}.png"
+        path.write_bytes(png(width, height, 8, 2))
+        return [data.Frame("x", path, None)]
+
+    data.check_frames(frame(60, 40), 60, (40, 60))
+    data.check_frames(frame(60, 40), 120, (80, 120))
+    data.check_frames(frame(60, 40), 24)
+    assert "60x40.png: 30x20 at --width 30, which is smaller than the crop of 30x21: lower --crop-size" in refused(
+        data.check_frames, frame(60, 40), 30, (21, 30)
+    )
+    assert "60x40, which is smaller than the crop of 61x40" in refused(data.check_frames, frame(60, 40), crop=(40, 61))
+    assert "15x30.png: 15x30, which is smaller than 16x16" in refused(data.check_frames, frame(15, 30), 60, (16, 16))
+    assert "21x14 at --width 21, which is smaller than 16x16" in refused(data.check_frames, frame(60, 40), 21)
+    assert "1024x64000000 at --width 1024, more than" in refused(data.check_frames, frame(16, 1_000_000), 1024, (512, 512))
+
+
+@quiet
+def test_the_limit_of_pixels_is_pillows_own(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
+    for limit, allowed in ((600, True), (599, False), (200, False), (None, True)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        if allowed:
+            data.load_image(tmp_path / "x.png")
+        else:
+            assert "x.png: " in refused(data.load_image, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("error", [struct.error, IndexError, OverflowError, MemoryError, zlib.error, SyntaxError, KeyError])
+def test_whatever_pillow_raises_is_a_damaged_file(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    Image.new("L", (30, 20)).save(tmp_path / "x.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    for load in (data.load_image, data.load_label_ids):
+        with pytest.raises(ValueError, match=f"x.png: damaged image .{error.__name__}"):
+            load(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "open", fail)
+    assert "x.png: not a PNG or JPEG image" in refused(data.load_image, tmp_path / "x.png")
+
+
+def test_all_problems_of_the_structure_are_counted_and_listed(tmp_path):
+    root = write_cityscapes(tmp_path, {"train": 6})
+    images, labels = (sorted((root / folder).rglob("*.png")) for folder in ("leftImg8bit", "gtFine"))
+    images[0].unlink()
+    labels[1].unlink()
+    images[2].with_suffix(".jpg").write_bytes(images[2].read_bytes())
+    Image.new("L", (48, 25), 7).save(labels[3])
+    labels[4].write_bytes(b"")
+    expected = [
+        f"{labels[0]}: has no image",
+        f"{images[1]}: has no label",
+        f"{images[2]}: there is {images[2].with_suffix('.jpg')} too, and names must be unique",
+        f"{labels[3]}: (48, 25) pixels, its image (48, 24)",
+        f"{labels[4]}: not a PNG image",
+    ]
+    assert sorted(data.problems(root)) == sorted(expected)
+    message = refused(data.list_frames, root)
+    assert message.startswith(tuple(expected)) and "(and 4 more; python data.py DIR --check-data lists" in message
+    names = [path.name.removesuffix("_leftImg8bit.png") for path in images]
+    assert [frame.name for frame in data.list_frames(root, exclude=names[:5])] == names[5:]  # nothing of those is looked at
+    assert refused(data.list_frames, root, exclude=names[:4]) == f"{labels[4]}: not a PNG image"  # without a count
+    assert "6 excluded" in refused(data.list_frames, root, exclude=names)
+
+
+def test_missing_folders_are_named(tmp_path):
+    root = write_gta5(tmp_path / "a", [(20, 30)])
+    (root / "labels").rename(root / "elsewhere")
+    assert "labels: no such folder" in refused(data.list_frames, root)
+    assert "gone: no such folder" in refused(data.list_frames, tmp_path / "gone")
+    assert list(data.problems(tmp_path / "gone")) == [f"{tmp_path / 'gone'}: no such folder"]
+    root = write_cityscapes(tmp_path / "b", {"train": 1})
+    (root / "gtFine").rename(root / "elsewhere")
+    assert "gtFine/train: no such split" in refused(data.list_frames, root)
+
+
+def test_frames_whose_sizes_all_differ_are_an_error(tmp_path):
+    root = write_gta5(tmp_path, [(20, 30)])
+    Image.new("L", (31, 20), 7).save(root / "labels" / "00000.png")
+    assert "1 whose label has another size" in refused(data.list_frames, root)
+
+
+def test_problems_are_those_of_headers_and_pixels_too(tmp_path):
+    root = write_gta5(tmp_path, [(40, 60)] * 6)
+    images, labels = (sorted((root / folder).iterdir()) for folder in ("images", "labels"))
+    assert list(data.problems(root)) == []
+    images[0].write_bytes(images[0].read_bytes()[:-40])
+    Image.fromarray(np.full((40, 60), 77, np.uint8)).save(labels[1])
+    images[2].write_bytes(png(60, 40, 16, 2, bytes(40 * 361)))
+    labels[2].write_bytes(b"")  # both of one frame
+    for path in (images[3], labels[3]):
+        Image.new("L", (5, 5), 7).save(path)
+    found = sorted(data.problems(root))
+    starts = [
+        f"{images[0]}: damaged image (",
+        f"{images[2]}: 16-bit pixels",
+        f"{images[3]}: 5x5, which is smaller than 16x16",
+        f"{labels[1]}: label ids [77] are not in Cityscapes' table",
+        f"{labels[2]}: not a PNG image",
+    ]
+    assert len(found) == len(starts) and all(map(str.startswith, found, starts))
+    assert [line for line in data.problems(root, labelled=False)] == found[:3]
+    assert not list(data.problems(root, exclude=["00000", "00001", "00002", "00003"]))
+
+
+def test_check_frames_counts_what_it_refuses(tmp_path):
+    frames = data.list_frames(write_gta5(tmp_path, [(20, 30)] * 3))
+    data.check_frames(frames, 30, (20, 30))
+    message = refused(data.check_frames, frames, 30, (24, 24))
+    assert "00000.png: 30x20" in message and "(and 2 more; python data.py DIR --check-data" in message
+    assert "more" not in refused(data.check_frames, frames[:1], 30, (24, 24))
+
+
+NAMES = [b"new\nline", b"carriage\rreturn", b"\x1b[31mescape", b"not \xff\xfe utf-8", "\u202eright to left\u2028".encode()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_files_name_breaks_no_line(tmp_path, name, monkeypatch, capsys, caplog):
+    root = write_gta5(tmp_path, [(20, 30)])
+    image = Path(os.fsdecode(os.path.join(os.fsencode(root / "images"), name + b".png")))
+    image.write_bytes(b"")
+    assert "has no label" in refused(data.list_frames, root)
+    label = root / "labels" / image.name
+    Image.new("L", (31, 20), 7).save(label)
+    assert "not a PNG or JPEG" in refused(data.list_frames, root)
+    assert "not a PNG or JPEG" in refused(data.load_image, image)
+    status, out, err = command(monkeypatch, capsys, root, "--check-data")
+    assert status == 2 and out.isascii() and out.count("\n") == 2 and out.endswith(": 1 problem\n") and not err
+    status, out, err = command(monkeypatch, capsys, root)
+    assert status == 2 and err.isascii() and err.count("\n") == 1 and err[:-1].isprintable() and not out
+    Image.new("RGB", (30, 20)).save(image)
+    assert len(data.list_frames(root)) == 1 and len(data.list_frames(root, labelled=False)) == 2
+    assert [frame.name for frame in data.list_frames(root, exclude=[image.stem])] == ["00000"]
+    assert len(caplog.messages) == 2 and all(line.isprintable() and line.isascii() for line in caplog.messages)
+    (root / "exclude").write_bytes(name + b".png\n")
+    if not {10, 13} & set(name):  # a line of a file cannot name those
+        assert data.read_names(root / "exclude") == {image.stem}
+
+
+def test_names_to_exclude_are_read_with_and_without_suffix(tmp_path, caplog):
+    file = tmp_path / "exclude.txt"
+    file.write_bytes(b"\xef\xbb\xbf00000\r\n# seen twice\n\n  00002.png  # dark\nv1.5\na#b.JPG\n")
+    assert data.read_names(file) == {"00000", "00002", "v1.5", "a#b"}
+    root = write_gta5(tmp_path / "set", [(20, 30)] * 4)
+    (root / "labels" / "00002.png").unlink()
+    assert [f.name for f in data.list_frames(root, exclude=data.read_names(file))] == ["00001", "00003"]
+    assert caplog.messages == [f"{root}: 2 excluded: 00000, 00002"]
+    file.write_text("# none\n\n")
+    assert "exclude.txt: no name in it" in refused(data.read_names, file)
+    assert "gone: No such file" in refused(data.read_names, tmp_path / "gone")
+    assert "Is a directory" in refused(data.read_names, root)
+
+
+def test_the_command_lists_problems_or_says_that_there_are_none(tmp_path, monkeypatch, capsys, caplog):
+    root = write_gta5(tmp_path / "set", [(20, 30)] * 3)
+    assert command(monkeypatch, capsys, root, "--check-data") == (0, f"{root}: all 3 frames can be read\n", "")
+    (root / "images" / "00001.png").write_bytes(b"")
+    (root / "labels" / "00002.png").write_bytes((root / "labels" / "00002.png").read_bytes()[:-40])
+    status, out, err = command(monkeypatch, capsys, root, "--check-data")
+    assert status == 2 and not err
+    first, second, count = out.splitlines()
+    assert first == f"{root}/images/00001.png: not a PNG or JPEG image"
+    assert second.startswith(f"{root}/labels/00002.png: damaged image (") and count == f"{root}: 2 problems"
+    assert command(monkeypatch, capsys, root) == (2, "", f"data.py: {first}\n")
+    status, out, err = command(monkeypatch, capsys, root, "--unlabelled", "--check-data")
+    assert (status, out) == (2, f"{first}\n{root}: 1 problem\n")
+    assert not caplog.messages
+
+
+@quiet
+def test_the_command_keeps_to_its_streams(tmp_path):
+    """In a process of its own: Pillow's warnings and ours beside the result."""
+    root = write_gta5(tmp_path / "set", [(20, 30)] * 2)
+    (root / "images" / "00001.png").write_bytes(png(10_000, 9_000, 8, 2))
+    (tmp_path / "exclude.txt").write_text("00001.png\n")
+
+    def run(*args):
+        line = [sys.executable, data.__file__, root, *args]
+        result = subprocess.run(line, capture_output=True, text=True, check=False)
+        return result.returncode, result.stdout, result.stderr
+
+    status, out, err = run("--unlabelled")
+    assert (status, out) == (2, "") and "00001.png: 10000x9000" in err and err.count("\n") == 1
+    result, note = f"{root}: 1 frames of 30x20, each with its label\n", f"{root}: 1 excluded: 00001\n"
+    assert run("--exclude", tmp_path / "exclude.txt") == (0, result, note)
+
+
+def test_the_command_checks_headers_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
+    root = write_gta5(tmp_path, [(20, 30), (20, 15)])
+    status, out, err = command(monkeypatch, capsys, root, "--unlabelled")
+    assert (status, out) == (
+        2,
+        "",
+    ) and err == f"data.py: {root}/images/00001.png: 15x20, which is smaller than 16x16, the least allowed\n"
+    status, out, err = command(monkeypatch, capsys, root, "--exclude", root / "gone")
+    assert (status, out) == (2, "") and "gone: No such file" in err and err.count("\n") == 1
+
+
+@quiet
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(seed=st.integers(0, 2**31), cut=st.booleans(), changes=st.integers(1, 6), suffix=st.sampled_from([".png", ".jpg"]))
+def test_any_damage_is_named_or_harmless(tmp_path, seed, cut, changes, suffix):
+    rng = np.random.default_rng(seed)
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(rng.integers(256, size=(20, 20), dtype=np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    for place in rng.integers(len(content), size=changes):
+        content[place] = rng.integers(256)
+    path.write_bytes(content[: rng.integers(len(content))] if cut else content)
+    for load in (data.load_image, data.load_label_ids):
+        try:
+            load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and str(error).isprintable()
 
 
 # --- for any size, id, aspect ratio and mode

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
+import runtime
 from make_demo_data import DOMAINS, IDS, main, paths, render
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ def run(*arguments):
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            main([str(argument) for argument in arguments])
+            runtime.run_script(lambda: main([str(argument) for argument in arguments]))
         except SystemExit as stop:
             status = stop.code
     return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
@@ -177,6 +178,6 @@ def test_user_errors_are_one_line(tmp_path):
     refused(run(tmp_path / "a", "--seed", "-1"), "--seed", "'-1'")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    refused(run(tmp_path / "file"), "OUT", str(tmp_path / "file"))
+    refused(run(tmp_path / "file"), str(tmp_path / "file"))
     (tmp_path / "real/source").mkdir(parents=True)
     refused(run(tmp_path / "real"), "OUT", "another folder")

@@ -150,3 +150,11 @@ def test_segmentation_loss_leaves_out_void():
     costs = [-log_p[b, labels[b, y, x], y, x] for b, y, x in (labels != 255).nonzero().tolist()]
     assert segmentation_loss(logits, labels).item() == pytest.approx(sum(costs).item() / len(costs), rel=1e-12)
     assert segmentation_loss(logits, torch.full_like(labels, 255)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_segmentation_loss_computes_half_precision_in_float32(dtype):
+    logits, labels = torch.randn(2, 3, 4, 5).to(dtype), torch.randint(3, (2, 4, 5)).to(torch.uint8)
+    loss = segmentation_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(segmentation_loss(logits.double(), labels).item(), rel=1e-5)

@@ -1,5 +1,9 @@
-"""models.py: sizes, parameter counts, what the features are, freezing, saving."""
+"""models.py: networks against plain builds, sizes, shifts, receptive fields, features, PatchNCE, freezing, saving."""
 
+import hashlib
+import shutil
+
+import efficientnet_pytorch.utils
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,37 +45,60 @@ def normalised(x):
     return (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
+def blurred(x):
+    """Every map by the kernel (1, 2, 1) / 4 in both directions, over its reflection at the border."""
+    line = torch.tensor([1.0, 2.0, 1.0], dtype=x.dtype) / 4
+    maps = F.pad(x, [1] * 4, "reflect").flatten(0, 1)[:, None]
+    return F.conv2d(maps, line.outer(line)[None, None]).view_as(x)
+
+
+def interpolated(x):
+    """Twice the size: the pixels, and between two the mean of them; the last is repeated."""
+    right = torch.cat([x[..., 1:], x[..., -1:]], -1)
+    x = torch.stack([x, (x + right) / 2], -1).flatten(-2)
+    below = torch.cat([x[..., 1:, :], x[..., -1:, :]], -2)
+    return torch.stack([x, (x + below) / 2], -2).flatten(-3, -2)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_generator_is_zhu_et_als(batch):
+def test_generator_is_zhu_et_als(batch, antialias):
     """c7s1-64, d128, d256, 9 x R256, u128, u64, c7s1-3, by functions, its parameters in the order in which data pass them."""
-    generator = models.ResnetGenerator(base_channels=4).double()
+    generator = models.ResnetGenerator(base_channels=4, antialias=antialias).double()
     parameters = iter(generator.parameters())
 
-    def conv(x, pad, **options):
-        return F.conv2d(F.pad(x, [pad] * 4, "reflect"), next(parameters), next(parameters), **options)
+    def conv(x, pad):
+        return F.conv2d(F.pad(x, [pad] * 4, "reflect"), next(parameters), next(parameters))
 
     x = torch.rand(batch, 3, 24, 32, dtype=torch.float64) * 2 - 1
     y = normalised(conv(x, 3)).relu()
     for _ in range(2):
-        y = normalised(F.conv2d(y, next(parameters), next(parameters), stride=2, padding=1)).relu()
+        stride = 1 if antialias else 2
+        y = normalised(F.conv2d(y, next(parameters), next(parameters), stride=stride, padding=1)).relu()
+        y = blurred(y)[..., ::2, ::2] if antialias else y
     for _ in range(9):
         y = y + normalised(conv(normalised(conv(y, 1)).relu(), 1))
     for _ in range(2):
-        up = F.conv_transpose2d(y, next(parameters), next(parameters), stride=2, padding=1, output_padding=1)
+        if antialias:
+            up = F.conv2d(interpolated(y), next(parameters), next(parameters), padding=1)
+        else:
+            up = F.conv_transpose2d(y, next(parameters), next(parameters), stride=2, padding=1, output_padding=1)
         y = normalised(up).relu()
     torch.testing.assert_close(generator(x), conv(y, 3).tanh())
     assert not list(parameters)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_discriminator_is_isola_et_als(batch):
+def test_discriminator_is_isola_et_als(batch, antialias):
     """C64-C128-C256-C512 and a last convolution, 4x4, no norm on the first, leaky ReLUs of slope 0.2."""
-    discriminator = models.PatchDiscriminator(base_channels=4).double()
+    discriminator = models.PatchDiscriminator(base_channels=4, antialias=antialias).double()
     parameters = iter(discriminator.parameters())
     y = x = torch.rand(batch, 3, 64, 80, dtype=torch.float64) * 2 - 1
     for n, stride in enumerate((2, 2, 2, 1, 1)):
-        y = F.conv2d(y, next(parameters), next(parameters), stride=stride, padding=1)
+        y = F.conv2d(y, next(parameters), next(parameters), stride=1 if antialias else stride, padding=1)
         y = F.leaky_relu(normalised(y) if n > 0 else y, 0.2) if n < 4 else y
+        y = blurred(y)[..., ::2, ::2] if antialias and stride == 2 else y
     torch.testing.assert_close(discriminator(x), y)
     assert not list(parameters)
 
@@ -121,7 +148,7 @@ def test_discriminator_sees_70_pixels(no_norm):
 @pytest.mark.parametrize(("antialias", "fields"), [(False, [1, 9, 13, 29, 93]), (True, [1, 9, 15, 35, 99])])
 def test_the_five_features_are_the_papers_layers(no_norm, antialias, fields):
     generator = models.ResnetGenerator(base_channels=4, antialias=antialias)
-    assert [receptive_field(lambda x, i=i: generator.encode(x)[i], 160)[0] for i in range(5)] == fields
+    assert [receptive_field(lambda x, i=i: generator.encode(x)[i], 160) for i in range(5)] == [[n, n] for n in fields]
 
 
 @pytest.mark.parametrize("antialias", [False, True])
@@ -136,30 +163,28 @@ def test_features_of_the_downsampling_convolutions_are_taken_before_their_norm(a
         assert torch.equal(feature, expected)
 
 
-@pytest.mark.parametrize("resample", [models.Downsample, models.Upsample])
-def test_blurs_keep_the_mean_and_shift_nothing(resample):
-    """A constant stays one at every size; a ramp stays itself, and a delta stays where it is, to both sides alike."""
-    down = resample is models.Downsample
-
-    def apply(x, side):
-        return models.Downsample(1)(x) if down else models.Upsample(1)(x, (side, side))
-
+def test_blurs_keep_a_constant_at_every_size():
     for side in range(2, 20):
         small = -(-side // 2)
-        x = torch.ones(1, 1, side if down else small, side if down else small)
-        y = apply(x, side)
-        assert y.shape[-2:] == ((small, small) if down else (side, side)) and torch.allclose(y, torch.ones_like(y))
-    # Reflected at the border, a ramp is none; of the inner pixels, output i is input 2i (or half of that).
+        down, up = models.Downsample(1)(torch.ones(1, 1, side, side)), torch.ones(1, 1, small, small)
+        assert torch.equal(down, up)  # the weights sum to one
+        assert torch.equal(models.Upsample(1)(up, (side, side)), torch.ones(1, 1, side, side))
+
+
+def test_blurs_keep_a_ramp_where_it_is():
+    """But for the borders, where it is reflected or ends: output i of the smaller map is at 2i of the larger."""
     ramp = torch.arange(20.0).expand(1, 1, 20, 20)
-    y = apply(ramp, 40)[0, 0, 1:-2, 1:-2]
-    torch.testing.assert_close(y, (torch.arange(y.shape[1]) + 1.0).mul(2 if down else 0.5).expand_as(y))
-    total = sum(apply(torch.eye(400)[i].view(1, 1, 20, 20), 40) for i in range(400))
-    torch.testing.assert_close(total, torch.ones_like(total))  # of each output, the weights sum to one
+    down, up = models.Downsample(1)(ramp)[0, 0], models.Upsample(1)(ramp, (40, 40))[0, 0]
+    torch.testing.assert_close(down[:, 1:], (2 * torch.arange(1.0, 10)).expand(10, 9))
+    torch.testing.assert_close(up[:, :-1], (torch.arange(39.0) / 2).expand(40, 39))
+
+
+def test_blurs_treat_all_sides_alike():
     delta = torch.zeros(1, 1, 21, 21)
     delta[..., 10, 10] = 1
-    y = apply(delta, 41)
-    assert y.flatten().argmax() == y.numel() // 2
-    assert torch.allclose(y, y.flip(-1)) and torch.allclose(y, y.flip(-2)) and torch.allclose(y, y.mT)
+    for y in (models.Downsample(1)(delta), models.Upsample(1)(delta, (41, 41))):
+        assert y.flatten().argmax() == y.numel() // 2
+        assert torch.allclose(y, y.flip(-1)) and torch.allclose(y, y.flip(-2)) and torch.allclose(y, y.mT)
 
 
 def identity_generator(antialias):
@@ -223,8 +248,14 @@ def test_projector_takes_the_sampled_locations():
     vectors = projector(features, locations)
     assert [v.shape for v in vectors] == [(2, 10, 8), (2, 4, 8)]
     i = locations[0][3].item()
-    expected = projector.heads[0](features[0][1, :, i // 7, i % 7])
+    w1, b1, w2, b2 = list(projector.parameters())[:4]  # of the first layer's two-layer perceptron
+    expected = F.linear(F.linear(features[0][1, :, i // 7, i % 7], w1, b1).relu(), w2, b2)
     torch.testing.assert_close(vectors[0][1, 3], expected / expected.norm())
+
+
+def test_every_location_is_drawn_and_anew():
+    draws = [models.sample_locations([torch.zeros(1, 1, 5, 6)], 4)[0].tolist() for _ in range(60)]
+    assert {i for draw in draws for i in draw} == set(range(30)) and len({tuple(draw) for draw in draws}) > 50
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 30), (64, 47)])
@@ -280,9 +311,32 @@ def test_encoder_weights_come_from_a_file(tmp_path):
     unet = models.UNet(encoder="efficientnet-b0", encoder_weights=tmp_path / "b0.pth")
     assert torch.equal(unet.encoder._conv_stem.weight, theirs._conv_stem.weight)
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
-    for path, message in (("bad.pth", "not a state_dict"), ("none.pth", "No such file")):
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    cases = (("bad.pth", "not a file that torch.load"), ("none.pth", "No such file"), ("other.pth", "not a state_dict"))
+    for path, message in cases:
         with pytest.raises(ValueError, match=message):
             models.UNet(encoder="efficientnet-b0", encoder_weights=tmp_path / path)
+
+
+def test_downloaded_weights_must_have_the_hash_of_their_name(tmp_path, monkeypatch):
+    """The hub is a file here: its address is asked for once, and what comes is checked against its name each time."""
+    torch.save(EfficientNet.from_name("efficientnet-b0").state_dict(), tmp_path / "hub")
+    digest = hashlib.sha256((tmp_path / "hub").read_bytes()).hexdigest()[:8]
+    asked = []
+
+    def download(url, path, **options):
+        asked.append(url)
+        shutil.copy(tmp_path / "hub", path)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setitem(efficientnet_pytorch.utils.url_map, "efficientnet-b0", f"https://example.org/b0-{digest}.pth")
+    for _ in range(2):
+        models.UNet(encoder="efficientnet-b0", encoder_weights="imagenet")
+    assert asked == [f"https://example.org/b0-{digest}.pth"]
+    monkeypatch.setitem(efficientnet_pytorch.utils.url_map, "efficientnet-b0", "https://example.org/b0-01234567.pth")
+    with pytest.raises(ValueError, match=f"b0-01234567.pth: its sha256 begins with {digest}, not 01234567"):
+        models.UNet(encoder="efficientnet-b0", encoder_weights="imagenet")
 
 
 def test_frozen_means_frozen():
@@ -296,13 +350,23 @@ def test_frozen_means_frozen():
         optimizer.zero_grad()
         unet(torch.rand(2, 3, 32, 32)).square().mean().backward()
         optimizer.step()
-    assert {"_bn0.running_mean", "_blocks.0._bn1.num_batches_tracked"} <= before.keys() and not torch.equal(
-        head, unet.head.weight
-    )
+    assert {"_bn0.running_mean", "_blocks.0._bn1.num_batches_tracked"} <= before.keys()  # BatchNorm's buffers among them
+    assert not torch.equal(head, unet.head.weight)
     assert all(torch.equal(before[name], value) for name, value in unet.encoder.state_dict().items())
     unet.freeze_encoder(False)
     unet(torch.rand(2, 3, 32, 32)).square().mean().backward()
     assert unet.encoder._bn0.training and unet.encoder._conv_stem.weight.grad is not None
+
+
+def test_batch_norm_moves_by_a_tenth_a_step():
+    unet = models.UNet(num_classes=3, encoder="efficientnet-b0").train()
+    seen = {}
+    norms = {"encoder": unet.encoder._bn0, "decoder": unet.decoder[0][1]}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda module, x, out, name=name: seen.update({name: x[0].mean((0, 2, 3))}))
+    unet(torch.rand(2, 3, 64, 64))
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm.running_mean, 0.1 * seen[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("network", [models.ResnetGenerator(base_channels=4), models.UNet(5, "efficientnet-b0")])

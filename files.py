@@ -1,0 +1,133 @@
+"""Files that appear whole or not at all, folders that one process at a time may fill, and tables.
+
+Every script writes by `write_whole`: a kill, a full disk or a lost connection leaves the old file or the new one. A folder
+that is being filled is locked (`lock`), and whoever has the lock may clear away what killed writers left.
+"""
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import json
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+
+log = logging.getLogger("files")
+PART = ".part"  # ends the name of a file that is being written
+
+
+def write_whole(path, content):
+    """Write bytes such that the file appears whole or not at all: under another name, through to the disk, renamed.
+
+    A full disk is an OSError that says how much was needed; what `path` held before is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{PART}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(path.parent).free
+            reason = f"{error.strerror}: {len(content):,} bytes are needed, {free:,} are free on its disk"
+            raise OSError(error.errno, reason, str(path)) from error
+        raise
+
+
+def clear_parts(folder):
+    """Remove what killed writers of `write_whole` left; call it where nobody else can be writing."""
+    for leftover in Path(folder).glob(f".*{PART}"):
+        leftover.unlink(missing_ok=True)
+
+
+def lock(folder, wait=False):
+    """Keep other processes out of a folder: the lock lasts until the file that is returned is closed or its process ends.
+
+    It is the operating system's, so a dead process leaves none. Raises ValueError naming the process that has it, unless
+    `wait` is set.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            raise ValueError(f"{folder}: {file.read().strip() or 'another process'} is at work there") from error
+        log.warning("%s: cannot be locked here (%s): see to it that one process at a time writes there", folder, error.strerror)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getbuffer()
+
+
+def write_json(path, content):
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path, *keys):
+    """A JSON file that holds an object, as a dict. ValueError if it is none or lacks one of `keys`."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise ValueError(f"{path}: no JSON object" + (f" with {', '.join(keys)}" if keys else "") + ", which is needed")
+    return content
+
+
+def finished(out, name):
+    """Path of a finished run's weights.pt; ValueError if the run is not there or not finished. name: its flag."""
+    weights = Path(out) / "weights.pt"
+    if not weights.is_file():
+        raise ValueError(f"{name} {out}: no weights.pt there; is that run finished? The command that began it goes on with it")
+    return weights
+
+
+def write_csv(path, rows):
+    """Rows (dicts) as a CSV file with the columns of all of them, in the order of their first appearance."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def read_csv(path, *columns):
+    """The rows of a CSV file as dicts of strings; none if there is no such file. ValueError if it lacks one of `columns`."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, found = list(reader), reader.fieldnames or []
+    except FileNotFoundError:
+        return []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not CSV ({error})") from error
+    if missing := [column for column in columns if column not in found]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}, which it should have")
+    if any(None in row for row in rows):
+        raise ValueError(f"{path}: a row has more cells than there are columns")
+    return rows
+
+
+def check_out(out, *folders):
+    """Raises ValueError if `out` is one of the folders, or inside of one, from which a stage only reads."""
+    for folder in filter(None, folders):
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"--out {out}: lies inside {folder}, which is only read; give a folder elsewhere")

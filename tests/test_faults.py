@@ -1,0 +1,486 @@
+"""What a run survives: stops after any step, kills while files are written, full disks, a second process, divergence."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import ROOT, assert_same_outputs, run, script
+
+import adapt_features
+import files
+import models
+import runtime
+import train_segmenter
+import train_translator
+import translate_dataset
+
+SMALL = ["--device", "cpu", "--width", 128, "--crop-size", 64]
+
+
+def stage(kind, pair, segmenter=None):
+    """The module and the arguments of a tiny run of a trainer."""
+    domains = ["--source", pair / "source", "--target", pair / "target"]
+    if kind == "segmenter":
+        words = ["--data", pair / "source", "--encoder", "efficientnet-b0", "--encoder-weights", "none"]
+        return train_segmenter, [*words, "--freeze-iterations", 2, "--batch-size", 2, *SMALL]
+    if kind == "adaptation":
+        return adapt_features, [*domains, "--segmenter", segmenter, "--gate", 0, "--batch-size", 2, *SMALL]
+    return train_translator, [*domains, "--method", kind, "--base-channels", 4, *SMALL]
+
+
+def call(monkeypatch, module, words, stop_after=None):
+    """A script's main() in this process, where torch is imported already -> exit status; SIGTERM comes in a chosen step."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    log, steps = runtime.Run.log, []
+
+    def counted(self, *args, **values):
+        steps.append(1)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(self, *args, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Run, "log", counted)
+        try:
+            runtime.run_script(module.main)
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def segmenter(pair, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "segmenter"
+    with pytest.MonkeyPatch.context() as patch:
+        module, words = stage("segmenter", pair)
+        assert call(patch, module, [*words, "--iterations", 1, "--workers", 0, "--out", out]) == 0
+    return out
+
+
+# --- exact resuming
+
+
+@pytest.mark.parametrize("kind", ["cut", "fastcut", "fastcut_l5", "cyclegan", "segmenter", "adaptation"])
+@pytest.mark.parametrize(("workers", "precision"), [(0, "fp32"), (2, "fp32"), (0, "bf16")])
+def test_a_run_stopped_after_every_step_ends_as_one_never_stopped(
+    pair, segmenter, tmp_path, monkeypatch, kind, workers, precision
+):
+    monkeypatch.setattr(train_translator, "POOL_SIZE", 2)  # so that CycleGAN's pool gives older images back
+    module, words = stage(kind, pair, segmenter)
+    words += ["--iterations", 6, "--log-every", 2, "--save-every", 4, "--precision", precision]
+    assert call(monkeypatch, module, [*words, "--workers", 0, "--out", tmp_path / "a"]) == 0
+    stops = 0
+    while (status := call(monkeypatch, module, [*words, "--workers", workers, "--out", tmp_path / "b"], stop_after=1)) == 143:
+        stops += 1
+    assert (status, stops) == (0, 5)  # the sixth step is the last: it finishes
+    assert_same_outputs(tmp_path / "a", tmp_path / "b")
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+@pytest.mark.parametrize(("sign", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_finishes_the_step_and_saves(pair, tmp_path, watched, sign, status):
+    module, words = stage("cut", pair)
+    words = [*words, "--iterations", 50, "--log-every", 1, "--workers", 2, "--out", tmp_path / "a"]
+    stopped = script("train_translator.py", *words, **watched, KILL_AT=f"{sign} log.csv 3")  # to the workers as well
+    assert stopped.returncode == status and "Traceback" not in stopped.stderr, stopped.stderr
+    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["iteration"] == 3
+
+
+def test_the_encoder_is_frozen_for_as_long_as_the_flag_says(pair, segmenter, tmp_path, monkeypatch):
+    module, words = stage("segmenter", pair)
+    words += ["--workers", 0, "--out"]
+    assert call(monkeypatch, module, [*words, tmp_path / "a", "--iterations", 2]) == 0  # as long as --freeze-iterations
+    assert call(monkeypatch, module, [*words, tmp_path / "b", "--iterations", 3]) == 0
+    torch.manual_seed(0)  # --seed
+    fresh = models.UNet(encoder="efficientnet-b0").encoder.state_dict()
+    for out, same in (("a", True), ("b", False)):
+        trained = models.load_network(tmp_path / out / "weights.pt").encoder.state_dict()
+        assert all(torch.equal(trained[name], fresh[name]) for name in fresh) == same
+
+
+# --- kills
+
+
+def test_a_run_survives_kills_while_it_writes(pair, tmp_path, watched):
+    _, words = stage("cyclegan", pair)
+    words += ["--iterations", 6, "--log-every", 1, "--save-every", 2, "--workers", 0]
+    assert script("train_translator.py", *words, "--out", tmp_path / "a").returncode == 0
+    words += ["--out", tmp_path / "b"]
+    for kill, status in (("SIGKILL checkpoint.pt 2", -9), ("SIGTERM log.csv 1", 143), ("SIGINT 0000004.png 1", 130)):
+        assert script("train_translator.py", *words, **watched, KILL_AT=kill).returncode == status
+    assert script("train_translator.py", *words, **watched, KILL_AT="SIGKILL weights.pt 1").returncode == -9
+    assert (tmp_path / "b" / ".weights.pt.part").exists()
+    assert script("train_translator.py", *words).returncode == 0
+    assert_same_outputs(tmp_path / "a", tmp_path / "b")
+
+
+def test_run_all_passes_a_signal_on(pair, tmp_path):
+    settings = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "OUT": str(tmp_path / "out")}
+    settings |= {"PYTHON": sys.executable, "METHODS": "cut", "FID_WEIGHTS": "random", "CUDA_VISIBLE_DEVICES": ""}
+    small = "--batch-size 2 --crop-size 64 --width 128 --workers 0 --log-every 1"
+    settings |= {"TRANSLATOR_ARGS": f"--base-channels 4 {small}", "ADAPT_ARGS": small}
+    settings |= {"SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none {small}"}
+    command = ["bash", str(ROOT / "run_all.sh")]
+    process = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "segmenters" / "source_only" / "log.csv"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to the shell alone
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, stderr
+    saved = torch.load(log.with_name("checkpoint.pt"), weights_only=True)
+    assert saved["iteration"] >= 1  # the trainer had the signal, and saved; its paper's 120,000 steps are far
+    files.lock(log.parent).close()  # and is gone
+
+
+# --- a full disk, a folder that cannot be written, no memory
+
+
+def limited(kibibytes, name, *words):
+    """A script that may write no file larger than that, as on a disk that is full."""
+    return run("bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash", sys.executable, ROOT / name, *words)
+
+
+def assert_one_line(result, *said, status=2):
+    """The last line says it, and there is nothing after the progress bars but that line."""
+    lines = [
+        line for line in result.stderr.replace("\r", "\n").splitlines() if line and "%|" not in line and "it/s" not in line
+    ]
+    assert result.returncode == status and len(lines) == 1, result.stderr
+    assert all(word in lines[0] for word in said), lines[0]
+
+
+def test_a_full_disk_costs_no_work(pair, tmp_path):
+    _, words = stage("cut", pair)
+    words += ["--iterations", 6, "--save-every", 1, "--workers", 0]
+    assert script("train_translator.py", *words, "--out", tmp_path / "a").returncode == 0
+    stopped = [*words, "--out", tmp_path / "b"]
+    full = limited(64, "train_translator.py", *stopped)
+    needed = (tmp_path / "a" / "checkpoint.pt").stat().st_size
+    assert_one_line(full, "checkpoint.pt", "bytes are needed", "are free")
+    assert needed > 2**20 and not list((tmp_path / "b").glob("*checkpoint*"))
+    assert script("train_translator.py", *stopped).returncode == 0
+    assert_same_outputs(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_all_frames(pair, tmp_path, monkeypatch):
+    module, words = stage("cut", pair)
+    words += ["--iterations", 4, "--save-every", 1, "--workers", 0, "--out", tmp_path / "run"]
+    assert call(monkeypatch, module, words, stop_after=2) == 143
+    assert limited(64, "train_translator.py", *words).returncode == 2
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["iteration"] == 2
+    assert call(monkeypatch, module, words) == 0
+
+    words = ["--source", pair / "source", "--translator", tmp_path / "run", "--workers", 0, "--device", "cpu"]
+    for name in "ab":
+        assert call(monkeypatch, translate_dataset, [*words, "--out", tmp_path / name]) == 0
+    lost = sorted((tmp_path / "b" / "images").iterdir())[2]
+    lost.unlink()
+    full = limited(4, "translate_dataset.py", *words, "--out", tmp_path / "b")
+    assert_one_line(full, lost.stem, "bytes are needed")
+    assert call(monkeypatch, translate_dataset, [*words, "--out", tmp_path / "b"]) == 0
+    assert_same_outputs(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_cannot_be_written_is_named(pair, monkeypatch, capsys):
+    module, words = stage("cut", pair)
+    assert call(monkeypatch, module, [*words, "--out", "/proc/clada"]) == 2  # not even root can
+    assert "/proc/clada" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_said_with_the_flags_that_reduce_it(pair, tmp_path, monkeypatch, capsys):
+    module, words = stage("cut", pair)
+    words[words.index("--base-channels") + 1] = 100_000
+    assert call(monkeypatch, module, [*words, "--out", tmp_path / "a"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--batch-size" in err and "--base-channels" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    files.write_whole(tmp_path / "x", b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"x'") as error:
+        files.write_whole(tmp_path / "x", b"newer")
+    assert "5 bytes are needed" in str(error.value)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+# --- two at once
+
+
+def test_the_second_process_refuses_and_names_the_first(pair, tmp_path, monkeypatch, capsys):
+    module, words = stage("cut", pair)
+    words += ["--iterations", 1, "--workers", 0, "--out", tmp_path / "a"]
+    code = f"import files, time; held = files.lock({str(tmp_path / 'a')!r}); print('held', flush=True); time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    assert call(monkeypatch, module, words) == 2
+    assert f"process {first.pid} on " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
+    first.kill()
+    first.wait()
+    assert call(monkeypatch, module, words) == 0  # a dead process's lock is none
+
+
+# --- other arguments
+
+
+@pytest.fixture
+def begun(pair, tmp_path, monkeypatch):
+    """A translator's run, stopped after its first step."""
+    module, words = stage("cut", pair)
+    words += ["--iterations", 3, "--precision", "fp32", "--workers", 0, "--out", tmp_path / "run"]
+    assert call(monkeypatch, module, words, stop_after=1) == 143
+    return words
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--iterations", 4),
+        ("--precision", "bf16"),
+        ("--seed", 1),
+        ("--lr", 1e-3),
+        ("--batch-size", 2),
+        ("--crop-size", "48x64"),
+        ("--method", "fastcut"),
+        ("--num-patches", 7),
+        ("--base-channels", 5),
+        ("--gan-loss", "vanilla"),
+    ],
+)
+def test_arguments_that_change_the_result_are_refused(begun, monkeypatch, capsys, flag, value):
+    assert call(monkeypatch, train_translator, [*begun, flag, value]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert f"{flag} (was " in err and "is now" in err and "--restart" in err
+
+
+def test_all_changed_arguments_are_listed(begun, monkeypatch, capsys):
+    assert call(monkeypatch, train_translator, [*begun, "--lr", 1, "--seed", 5]) == 2
+    err = capsys.readouterr().err
+    assert "--lr (was 0.0002, is now 1.0), --seed (was 0, is now 5)" in err
+
+
+def test_arguments_that_do_not_matter_may_change(begun, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    begun[begun.index("--source") + 1] = os.path.relpath(begun[begun.index("--source") + 1])  # spelt in another way
+    words = [*begun, "--workers", 1, "--log-every", 1, "--save-every", 1, "--device", "auto"]
+    assert call(monkeypatch, train_translator, words) == 0
+
+
+def test_other_data_are_refused(begun, pair, monkeypatch, capsys, tmp_path):
+    (tmp_path / "names").write_text("00001\n")
+    assert call(monkeypatch, train_translator, [*begun, "--exclude", tmp_path / "names"]) == 2
+    assert "--source-frames (was 4 frames, " in capsys.readouterr().err
+
+
+def test_restart_begins_anew(begun, monkeypatch, tmp_path):
+    words = [*begun, "--seed", 3]
+    assert call(monkeypatch, train_translator, [*words, "--restart"]) == 0
+    assert call(monkeypatch, train_translator, [*words, "--out", tmp_path / "fresh"]) == 0
+    held = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(held | {"restart": False}, indent=2) + "\n")
+    assert_same_outputs(tmp_path / "run", tmp_path / "fresh")
+
+
+def test_a_run_of_another_stage_is_refused(begun, pair, monkeypatch, capsys, tmp_path):
+    module, words = stage("segmenter", pair)
+    assert call(monkeypatch, module, [*words, "--out", tmp_path / "run"]) == 2
+    assert "--script (was train_translator.py, is now train_segmenter.py)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no checkpoint", "another network", "another stage", "log"])
+def test_a_checkpoint_that_does_not_fit_is_named(begun, segmenter, monkeypatch, capsys, tmp_path, damage):
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "no checkpoint":
+        path.write_text("text")
+    elif damage == "another network":
+        saved["state"]["G"] = models.ResnetGenerator(base_channels=5).state_dict()
+        torch.save(saved, path)
+    elif damage == "another stage":
+        path.write_bytes((segmenter / "checkpoint.pt").read_bytes())
+    else:
+        (tmp_path / "run" / "log.csv").write_text("iteration,G\nmany,0\n")
+    before = path.read_bytes()
+    assert call(monkeypatch, train_translator, begun) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint.pt: not a checkpoint of this run" in err and "--restart" in err
+    assert path.read_bytes() == before
+
+
+# --- divergence
+
+
+def test_a_diverged_run_stops_and_is_not_saved(pair, tmp_path, monkeypatch, capsys):
+    module, words = stage("cut", pair)
+    words += ["--iterations", 8, "--save-every", 1, "--lr", 1e30, "--workers", 0, "--out", tmp_path / "a"]
+    assert call(monkeypatch, module, words) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "diverged before iteration" in err and "not finite" in err and "--lr" in err
+    if (tmp_path / "a" / "checkpoint.pt").exists():
+        saved = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+        assert runtime.not_finite(saved["state"]) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["parameter", "optimizer"])
+def test_a_state_that_is_not_finite_is_never_saved(pair, tmp_path, monkeypatch, capsys, bad, part):
+    """Though the losses are: one weight, or one of Adam's moments."""
+    module, words = stage("cut", pair)
+    words += ["--iterations", 4, "--save-every", 1, "--workers", 0, "--out", tmp_path / "a"]
+    step = train_translator.ContrastiveTranslation.step
+
+    def poisoned(self, *batch):
+        result = step(self, *batch)
+        if self.opt_D.state[self.D.layers[0].weight]["step"] == 3:
+            tensor = self.H.heads[4][2].weight if part == "parameter" else self.opt_D.state[self.D.layers[0].bias]["exp_avg"]
+            tensor.data.view(-1)[-1] = bad
+        return result
+
+    monkeypatch.setattr(train_translator.ContrastiveTranslation, "step", poisoned)
+    assert call(monkeypatch, module, words) == 1
+    name = "H.heads.4.2.weight" if part == "parameter" else "opt_D.state.1.exp_avg"
+    assert f"state {name} not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["iteration"] == 2
+
+
+def test_not_finite_names_the_tensors():
+    state = {"a": {"w": torch.ones(3), "n": torch.tensor([2**60]), "empty": torch.zeros(0)}, "b": [torch.tensor(1e38).half()]}
+    assert runtime.not_finite(state) == ["b.0"]  # half precision ends at 65,504
+    state["a"]["w"][1] = float("nan")
+    assert runtime.not_finite(state) == ["a.w", "b.0"]
+    assert runtime.not_finite({"a": torch.tensor([3e38, -3e38]), "b": 5, "c": "nan"}) == []
+
+
+# --- flags
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--iterations", "0"),
+        ("--iterations", "1.5"),
+        ("--batch-size", "-1"),
+        ("--crop-size", "0"),
+        ("--crop-size", "64x"),
+        ("--crop-size", "64x200"),  # wider than --width 128
+        ("--width", "0"),
+        ("--lr", "nan"),
+        ("--lr", "0"),
+        ("--lr", "-1"),
+        ("--lr", "inf"),
+        ("--workers", "-1"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+        ("--save-every", "0"),
+        ("--log-every", "0"),
+        ("--base-channels", "0"),
+        ("--num-patches", "0"),
+        ("--lambda-x", "-1"),
+        ("--precision", "fp8"),
+        ("--device", "abacus"),
+        ("--target-splits", "nowhere"),
+        ("--exclude", "/nowhere"),
+    ],
+)
+def test_nonsense_in_a_flag_is_refused_by_its_name(pair, tmp_path, monkeypatch, capsys, flag, value):
+    module, words = stage("cut", pair)
+    assert call(monkeypatch, module, [*words, "--out", tmp_path / "a", flag, value]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and (flag in err or value in err) and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "runs/a"])
+def test_nothing_is_written_into_a_data_set(pair, monkeypatch, capsys, inside):
+    module, words = stage("cut", pair)
+    before = sorted(pair.rglob("*"))
+    assert call(monkeypatch, module, [*words, "--out", pair / "target" / inside]) == 2
+    assert "which is only read" in capsys.readouterr().err and sorted(pair.rglob("*")) == before
+
+
+# --- by hand: minutes
+
+
+STAGES = ("demo", "cut", "cyclegan", "segmenter", "adaptation", "translate", "run_all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STAGES)
+def test_twenty_kills_at_random_moments(pair, segmenter, tmp_path, kind):
+    """Each stage in a process group of its own, which is killed and started again until it is done; then the next round."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    many = ["--iterations", 60, "--log-every", 1, "--save-every", 1, "--workers", 1]
+    if kind == "demo":
+        command = [ROOT / "make_demo_data.py", "--seed", 3, "--source-count", 120, "--target-count", 80, "--val-count", 40]
+    elif kind == "translate":
+        module, words = stage("cut", pair)
+        words = [*words, "--iterations", 1, "--workers", 0, "--width", 1400, "--out", tmp_path / "translator"]
+        assert script("train_translator.py", *words).returncode == 0
+        command = [ROOT / "translate_dataset.py", "--source", pair / "source", "--translator", tmp_path / "translator"]
+    elif kind == "run_all":
+        small = "--batch-size 2 --crop-size 64 --width 128 --workers 0 --log-every 1 --save-every 1"
+        environment |= {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "PYTHON": sys.executable}
+        environment |= {"METHODS": "cut fastcut_l5", "FID_WEIGHTS": "random", "ITERATIONS_SCALE": "0.00001"}
+        environment |= {"TRANSLATOR_ARGS": f"--base-channels 4 {small}", "ADAPT_ARGS": small}
+        environment |= {"SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none {small}"}
+        command = [ROOT / "run_all.sh"]
+    else:
+        module, words = stage(kind, pair, segmenter)
+        command = [f"{module.__file__}", *words, *many]
+    command = ["bash" if kind == "run_all" else sys.executable, *map(str, command)]
+
+    def started(out):
+        words = {"demo": [str(out)], "run_all": []}.get(kind, ["--out", str(out)])
+        here = environment | ({"OUT": str(out)} if kind == "run_all" else {})
+        return subprocess.Popen(
+            [*command, *words], env=here, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    whole = started(tmp_path / "whole")
+    stderr = whole.communicate()[1]
+    assert whole.returncode == 0, stderr
+    chance, kills, rounds = random.Random(0), 0, 0
+    while kills < 20:
+        out, rounds = tmp_path / f"round{rounds}", rounds + 1
+        while True:
+            process = started(out)
+            try:
+                stderr = process.communicate(timeout=chance.uniform(3, 9) * (3 if kind == "run_all" else 1))[1]
+                assert process.returncode == 0, stderr
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+                process.communicate()
+                kills += 1
+        assert_same_outputs(tmp_path / "whole", out)
+        assert not list(out.rglob(".*.part"))
+    print(f"{kind}: {kills} kills in {rounds} rounds survived")
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_grow_nothing_but_the_log(pair, tmp_path):
+    _, words = stage("cyclegan", pair)
+    words += ["--iterations", 2000, "--log-every", 10, "--save-every", 500, "--workers", 1, "--out", tmp_path / "a"]
+    command = [sys.executable, str(ROOT / "train_translator.py"), *map(str, words)]
+    process, seen = subprocess.Popen(command, stderr=subprocess.DEVNULL), []
+    while process.poll() is None:
+        rows = (tmp_path / "a" / "log.csv").read_text().count("\n") if (tmp_path / "a" / "log.csv").exists() else 0
+        status = open(f"/proc/{process.pid}/status").read()
+        if rows > 40 and "VmRSS" in status:  # 400 steps: CycleGAN's pool is full
+            memory = int(status.split("VmRSS:")[1].split()[0])
+            seen.append((memory, len(os.listdir(f"/proc/{process.pid}/fd")), sorted(os.listdir(tmp_path / "a"))))
+        time.sleep(0.5)
+    assert process.returncode == 0 and len(seen) > 10
+    memory, handles, names = zip(*seen[:-1])
+    print(f"resident set {min(memory) / 1024:.0f} to {max(memory) / 1024:.0f} MiB, {min(handles)} to {max(handles)} open files")
+    assert max(memory) < 1.05 * memory[0] and max(handles) <= handles[0] + 2
