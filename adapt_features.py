@@ -97,7 +97,7 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
 
     # F: supervised on translated source; where the gate is open, also to make the target's features look like source.
     task = loss_F = segmentation_loss(logits, labels)
-    is_open = gate.opens(accuracy)
+    is_open = gate.opens(runtime.averaged(accuracy))
     D.requires_grad_(False)
     if is_open and weight > 0:
         with autocast:
@@ -132,10 +132,9 @@ def main():
     parts = dict(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
     run.restore(frames={"source": source, "target": target}, **parts)
 
-    length = args.iterations * args.batch_size
     dataset = StackDataset(
-        data.Crops(source, args.width, args.crop_size, length, args.seed, stream=0, labelled=True),
-        data.Crops(target, args.width, args.crop_size, length, args.seed, stream=1),
+        data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, labelled=True),
+        data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1),
     )
     for _, ((x, labels), y) in run.iterations(dataset):
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))

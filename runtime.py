@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -182,6 +183,8 @@ def pick_device(name):
     """--device -> torch.device, with the settings that make it fast. ValueError for one that this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU for each process of a node
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -206,9 +209,57 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: under torchrun, each computes its part of every batch
+
+
+def join_processes(device):
+    """Under torchrun: meet the other processes. All but the first keep silent on stdout from here on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if not is_first():
+            sys.stdout = open(os.devnull, "w")
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first():
+    """The first process alone writes files."""
+    return rank() == 0
+
+
+def averaged(tensor):
+    """The mean over all processes of a tensor, which is overwritten by it."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+        tensor /= processes()
+    return tensor
+
+
 def adam(parameters, lr, betas=(0.9, 0.999)):
-    """torch's Adam in one kernel a step instead of a dozen small ones a parameter; the CPU gains most."""
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+    """torch's Adam, before each of whose steps the gradients of all processes are averaged.
+
+    In one kernel a step instead of a dozen small ones a parameter (`fused`); the CPU gains most.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+    optimizer.register_step_pre_hook(_average_gradients)
+    return optimizer
+
+
+def _average_gradients(optimizer, *_):
+    # At the step and not, as DistributedDataParallel does, during the backward pass: a step of CUT runs one network
+    # several times, switches another one's gradients off, and calls more than forward().
+    if processes() > 1:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        flat = averaged(torch.cat([gradient.flatten() for gradient in gradients]))  # one exchange, not hundreds
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +275,8 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.device = pick_device(args.device)
+        join_processes(self.device)
+        args.processes = processes()
         self.checkpoint = self.out / "checkpoint.pt"
         if args.crop_size[1] > args.width:
             raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames, which --width {args.width} makes")
@@ -265,23 +318,28 @@ class Run:
         if self.args.check:
             print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
             sys.exit()
-        self.lock = files.lock(self.out)
-        if self.args.restart:
-            self._clear()
-        elif self.checkpoint.is_file():
+        if is_first():
+            self.lock = files.lock(self.out)
+            if self.args.restart:
+                self._clear()
+            (self.out / "samples").mkdir(exist_ok=True)
+            files.clear_parts(self.out)
+            files.clear_parts(self.out / "samples")
+        self.wait()
+        if self.checkpoint.is_file():
             self._load()
-        (self.out / "samples").mkdir(exist_ok=True)
-        files.clear_parts(self.out)
-        files.clear_parts(self.out / "samples")
-        files.write_json(self.out / "args.json", self.arguments)
+        if is_first():
+            files.write_json(self.out / "args.json", self.arguments)
 
     def _load(self):
         with open(self.checkpoint, "rb") as file:
             try:
                 saved = torch.load(file, map_location=self.device, weights_only=True)
                 for name, part in self.state.items():
-                    part.load_state_dict(saved["state"][name])
-                self.iteration, self.sums, self.steps_summed = saved["iteration"], saved["sums"], saved["steps_summed"]
+                    of_process = isinstance(part, OfProcess)
+                    part.load_state_dict(saved["state"][name][rank()] if of_process else saved["state"][name])
+                self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
+                self.sums = saved["sums"][rank()]
                 rows = files.read_csv(self.out / "log.csv")
                 self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
                 for row in self.rows:
@@ -301,11 +359,11 @@ class Run:
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the steps that are left; logs, saves, and stops on signals."""
         args, cuda = self.args, self.device.type == "cuda"
-        batches = _Batches(self.iteration, args.iterations, args.batch_size)
+        batches = _Batches(self.iteration, args.iterations, args.batch_size, rank(), processes())
         loader = DataLoader(
             dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=_ignore_interrupts
         )
-        bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out))
+        bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not is_first())
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.interval_start, self.steps_timed = time.perf_counter(), 0  # a resumed interval is timed from here on
@@ -318,16 +376,28 @@ class Run:
                 last = self.iteration == args.iterations
                 if last or self.iteration % args.log_every == 0:
                     self._write_log()
-                if last or self.iteration % args.save_every == 0 or signals:
+                signalled = _agreed(signals)
+                if last or self.iteration % args.save_every == 0 or signalled:
                     self.save()
-                if signals and not last:
-                    sys.exit(128 + signals[0])
+                if signalled and not last:
+                    sys.exit(128 + signalled)
                 bar.update()
 
     @property
     def saves_next(self):
         """Is a checkpoint due after the step under way? Then a sample grid is, too."""
-        return (self.iteration + 1) % self.args.save_every == 0 or self.iteration + 1 == self.args.iterations
+        due = (self.iteration + 1) % self.args.save_every == 0 or self.iteration + 1 == self.args.iterations
+        return due and is_first()
+
+    @property
+    def samples(self):
+        """How many samples all processes take in all iterations."""
+        return self.args.iterations * self.args.batch_size * processes()
+
+    def wait(self):
+        """Until all processes are here."""
+        if processes() > 1:
+            dist.barrier()
 
     def log(self, losses, **values):
         """Losses (scalar tensors) are averaged until the next row of log.csv, without waiting for the device; values
@@ -346,17 +416,24 @@ class Run:
             | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
             | {"seconds_per_iteration": f"{seconds:.4f}", "peak_memory_mib": f"{peak_memory_mib(self.device):.0f}"}
         )
-        files.write_csv(self.out / "log.csv", self.rows)
+        if is_first():
+            files.write_csv(self.out / "log.csv", self.rows)
         self.sums, self.steps_summed, self.steps_timed, self.interval_start = {}, 0, 0, time.perf_counter()
 
     def _finite_means(self):
-        means = {name: float(total) / self.steps_summed for name, total in self.sums.items()}
+        if not self.sums:
+            return {}
+        totals = averaged(torch.stack([total.double() for total in self.sums.values()])).tolist()
+        means = {name: total / self.steps_summed for name, total in zip(self.sums, totals, strict=True)}
         if bad := [name for name, mean in means.items() if not np.isfinite(mean)]:
             raise self._diverged("loss", bad)
         return means
 
     def _finite_state(self):
         state = {name: part.state_dict() for name, part in self.state.items()}
+        for name, part in self.state.items():
+            if isinstance(part, OfProcess):
+                state[name] = _gathered(state[name])
         if bad := not_finite(state):
             raise self._diverged("state", bad)
         return state
@@ -372,8 +449,10 @@ class Run:
         """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
         start = time.perf_counter()
         self._finite_means()
-        content = {"iteration": self.iteration, "state": self._finite_state()}
-        files.write_whole(self.checkpoint, torch_bytes(content | {"sums": self.sums, "steps_summed": self.steps_summed}))
+        content = {"iteration": self.iteration, "state": self._finite_state(), "steps_summed": self.steps_summed}
+        content["sums"] = _gathered(self.sums)
+        if is_first():
+            files.write_whole(self.checkpoint, torch_bytes(content))
         self.interval_start += time.perf_counter() - start  # saving is no part of a step
 
     def save_grid(self, *columns):
@@ -388,6 +467,12 @@ class Run:
 
     def finish(self, weights, **summary):
         """Write summary.json and, last, weights.pt: the sign that the run is finished."""
+        self.wait()
+        if processes() > 1:
+            is_writer = is_first()
+            dist.destroy_process_group()
+            if not is_writer:
+                return
         times = [float(row["seconds_per_iteration"]) for row in self.rows] or [0.0]
         summary |= {
             "iterations": self.iteration,
@@ -450,18 +535,42 @@ def _tensors(part, name):
             yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
-class _Batches:
-    """Sample numbers of the iterations from `start` on: iteration i has those from i * batch_size on."""
+class OfProcess:
+    """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
 
-    def __init__(self, start, stop, batch_size):
-        self.start, self.stop, self.batch_size = start, stop, batch_size
+
+def _gathered(state):
+    """The states of all processes, in their order."""
+    states = [state] * processes()
+    if processes() > 1:
+        dist.all_gather_object(states, state)
+    return states
+
+
+def _agreed(signals):
+    """The number of a signal that came to any process, 0 for none: all stop after the same step."""
+    number = torch.tensor(max(signals, default=0))
+    if processes() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: a GPU goes on computing
+    return int(number)
+
+
+class _Batches:
+    """Sample numbers of the iterations from `start` on: iteration i of n processes has those from i * n * batch_size on.
+
+    Of these each process takes batch_size, in the order of the processes.
+    """
+
+    def __init__(self, start, stop, batch_size, rank, processes):
+        self.start, self.stop, self.batch_size, self.rank, self.processes = start, stop, batch_size, rank, processes
 
     def __len__(self):
         return self.stop - self.start
 
     def __iter__(self):
         for i in range(self.start, self.stop):
-            yield range(i * self.batch_size, (i + 1) * self.batch_size)
+            first = (i * self.processes + self.rank) * self.batch_size
+            yield range(first, first + self.batch_size)
 
 
 @contextlib.contextmanager

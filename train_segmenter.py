@@ -73,8 +73,7 @@ def main():
     optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
     run.restore(frames={"data": frames}, segmenter=segmenter, optimizer=optimizer)
 
-    length = args.iterations * args.batch_size
-    dataset = data.Crops(frames, args.width, args.crop_size, length, args.seed, labelled=True)
+    dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True)
     for iteration, (images, labels) in run.iterations(dataset):
         frozen = iteration < args.freeze_iterations
         if segmenter.encoder_frozen != frozen:

@@ -172,7 +172,7 @@ def l1(a, b):
     return (models.promoted(a) - models.promoted(b)).abs().mean()
 
 
-class ImagePool:
+class ImagePool(runtime.OfProcess):
     """The last translations, half of which D is shown instead of the newest (Shrivastava et al. 2017; Zhu et al. 2017)."""
 
     def __init__(self, size):
@@ -220,10 +220,9 @@ def main():
     translation = (CycleTranslation if args.method == "cyclegan" else ContrastiveTranslation)(args, run.device)
     run.restore(frames={"source": source, "target": target}, **translation.state)
 
-    length = args.iterations * args.batch_size
     dataset = StackDataset(
-        data.Crops(source, args.width, args.crop_size, length, args.seed, stream=0),
-        data.Crops(target, args.width, args.crop_size, length, args.seed, stream=1),
+        data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0),
+        data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1),
     )
     for iteration, batch in run.iterations(dataset):
         lr = learning_rate(iteration, args.iterations, args.lr)

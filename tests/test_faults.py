@@ -139,6 +139,22 @@ def test_run_all_passes_a_signal_on(pair, tmp_path):
     files.lock(log.parent).close()  # and is gone
 
 
+@pytest.mark.parametrize("kind", ["cyclegan", "adaptation"])
+def test_two_processes_are_resumed_exactly(pair, segmenter, tmp_path, watched, kind):
+    """Under torchrun; each has an image pool of its own."""
+    module, words = stage(kind, pair, segmenter)
+    words = [*words, "--iterations", 8, "--log-every", 3, "--save-every", 2, "--workers", 0, "--out"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, module.__file__, *words]
+    assert run(sys.executable, *command, tmp_path / "a").returncode == 0
+    for kill in ("SIGKILL checkpoint.pt 2", "SIGTERM log.csv 1"):
+        assert run(sys.executable, *command, tmp_path / "b", **watched, KILL_AT=kill).returncode != 0
+    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["iteration"] == 3
+    alone = script(f"{module.__name__}.py", *words, tmp_path / "b")
+    assert alone.returncode == 2 and "--processes (was 2, is now 1)" in alone.stderr
+    assert run(sys.executable, *command, tmp_path / "b").returncode == 0
+    assert_same_outputs(tmp_path / "a", tmp_path / "b")
+
+
 # --- a full disk, a folder that cannot be written, no memory
 
 
