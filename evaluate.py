@@ -5,7 +5,8 @@
 
 The first adds or replaces the model's row: mIoU, frequency-weighted IoU and pixel accuracy (equation 5) and the IoU of each
 class, in percent, at the labels' own resolution. A class that does not occur in the truth is an empty cell and counts in
-no mean (cityscapesscripts has 0 for it where it is predicted somewhere; all else is the same). As a library: `confusion_matrix` and `scores`.
+no mean (cityscapesscripts has 0 for it where it is predicted somewhere; all else is the same). As a library:
+`confusion_matrix` and `scores`.
 """
 
 from pathlib import Path
