@@ -75,8 +75,8 @@ class Gate:
         return {"accuracies": list(self.accuracies), "opened": self.opened, "asked": self.asked}
 
     def load_state_dict(self, state):
-        self.accuracies.extend(state["accuracies"])
-        self.opened, self.asked = state["opened"], state["asked"]
+        self.accuracies.extend(map(float, state["accuracies"]))
+        self.opened, self.asked = int(state["opened"]), int(state["asked"])
 
 
 def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):

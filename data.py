@@ -224,6 +224,8 @@ def _open(path, is_label=False):
         raw = str(image.tile[0][3])  # the file's pixels; image.mode is what Pillow makes of them
     except Image.DecompressionBombError as error:
         raise ValueError(f"{shown(path)}: more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})") from error
+    except MemoryError:
+        raise
     except Exception as error:  # for damaged files Pillow raises many kinds, struct.error and IndexError among them
         reason = getattr(error, "strerror", None) or f"not a {' or '.join(formats)} image"
         raise ValueError(f"{shown(path)}: {reason}") from error
@@ -243,6 +245,8 @@ def _open(path, is_label=False):
 def _pixels(path, image, mode=None):
     try:
         return np.array(image if mode is None else image.convert(mode))
+    except MemoryError:  # which says nothing of the file
+        raise
     except Exception as error:  # as many kinds
         reason = shown(error) if any(error.args) else type(error).__name__
         raise ValueError(f"{shown(path)}: damaged image ({reason})") from error

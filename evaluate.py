@@ -9,6 +9,7 @@ no mean (cityscapesscripts has 0 for it where it is predicted somewhere; all els
 `confusion_matrix` and `scores`.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def evaluate(args):
         args.save_predictions.mkdir(parents=True, exist_ok=True)
     label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64, device=device)
-    loader = DataLoader(data.Frames(frames, width), batch_size=None, num_workers=args.workers)  # frames differ in size
+    options = {"num_workers": args.workers, "worker_init_fn": runtime.ignore_interrupts}
+    loader = DataLoader(data.Frames(frames, width), batch_size=None, **options)  # frames differ in size
     for frame, (image, label) in zip(frames, tqdm(loader, desc=str(args.segmenter)), strict=True):
         prediction = predict(segmenter, image.to(device), label.shape, autocast)
         total += confusion_matrix(prediction, label.to(device))
@@ -147,7 +149,7 @@ def report(out):
         rows = table3(*(table2[name] for name in ("Source Only", "CLADA", "Oracle")))
         files.write_csv(results / "table3.csv", rows)
         print_table("Table 3: IoU lost to the Oracle, and the part of it that CLADA recovers, percent", rows)
-        if "control" in table2:
+        if "" not in (table2["CLADA"]["mIoU"], table2.get("control", {}).get("mIoU", "")):
             gain = float(table2["CLADA"]["mIoU"]) - float(table2["control"]["mIoU"])
             print(f"CLADA's adversary: {gain:+.2f} mIoU over the control, the same fine-tuning without it")
         segmentations_figure(out, results / "segmentations.png")
@@ -313,6 +315,8 @@ def main():
         report(args.report)
         return
     name = args.name or args.segmenter.name
+    for flag, written in (("--out", args.out), ("--save-predictions", args.save_predictions)):
+        files.check_out(written or os.devnull, args.data, flag=flag)
     weights, note = files.finished(args.segmenter, "--segmenter"), args.segmenter / "evaluation.json"
     rows = list(read_table(args.out).values()) if args.out and args.out.is_file() else []
     if args.skip_done and note.is_file() and note.stat().st_mtime >= weights.stat().st_mtime:

@@ -17,10 +17,13 @@ number of images grows, so compare sets of similar size, and at 2048 dimensions 
 """
 
 import argparse
-import contextlib
 import csv
+import fcntl
 import hashlib
+import io
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,6 +42,7 @@ WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
 INPUT_SIZE = (299, 299)
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # of the content: Pillow would hand PostScript to an interpreter
 # What data passes before features of each width are read, under torchvision's names; the features are spatial means.
 STAGES = {
     64: ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
@@ -123,13 +127,20 @@ def inception(weights="published", dims=2048, seed=0):
 
 def download_weights():
     """pytorch-fid's state dict, from torch.hub's folder or its address. Raises ValueError if it cannot be had."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     try:
-        return torch.hub.load_state_dict_from_url(
-            WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True, progress=sys.stderr.isatty()
-        )
-    except Exception as error:  # no network, no disk, wrong hash, a damaged copy: the way out is the same
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), progress=sys.stderr.isatty())
+    except Exception as error:  # no network, no disk: the way out is the same
         message = "cannot be loaded; get the file elsewhere and pass --weights FILE"
         raise ValueError(f"{WEIGHTS_URL}: {message} ({' '.join(str(error).split())[:160]})") from error
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(path.stem.rpartition("-")[2]):
+        raise ValueError(
+            f"{path}: its sha256 begins with {digest[:8]}, not as its name says; remove it, or pass --weights FILE"
+        )
+    return read_weights(path)
 
 
 def read_weights(path):
@@ -161,9 +172,12 @@ def find_images(folder, exclude=frozenset()):
         seen.add(os.path.realpath(parent))
         for name in files:
             stem = os.path.splitext(name)[0]
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                if exclude.isdisjoint((name, stem, stem.removesuffix("_leftImg8bit"))):
-                    images.append(os.path.join(parent, name))
+            is_image = name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+            if is_image and exclude.isdisjoint((name, stem, stem.removesuffix("_leftImg8bit"))):
+                images.append(os.path.join(parent, name))
+    for path in images:
+        if not os.path.isfile(path):  # to open a FIFO would be to wait for ever
+            raise ValueError(f"{path}: not a regular file, nor a link to one")
     if len(images) < 2:
         raise ValueError(f"{folder}: {len(images)} images found, a covariance needs at least 2")
     return sorted(images)
@@ -181,7 +195,9 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, index):
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(f"more than PIL.Image.MAX_IMAGE_PIXELS, {Image.MAX_IMAGE_PIXELS}")
                 if image.mode[0] in "IF":  # 16 or 32 bits a channel: Pillow would clip these at 255 and say nothing
                     raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
                 rgb = to_tensor(image.convert("RGB"))
@@ -246,6 +262,8 @@ def load_statistics(path):
     """mu (D,) and sigma (D, D) from an .npz as pytorch-fid writes it. Raises ValueError for anything else."""
     try:
         with np.load(path) as file:
+            if sum(member.file_size for member in file.zip.infolist()) > 2**30:  # 2048 dimensions are 32 MiB
+                raise ValueError("too large")
             mu, sigma = file["mu"], file["sigma"]
     except Exception as error:  # numpy and zipfile raise many kinds for a file that is something else
         raise ValueError(f"{path}: not statistics, expected an .npz with mu (D,) and sigma (D, D)") from error
@@ -257,22 +275,26 @@ def load_statistics(path):
 
 def save_statistics(path, mu, sigma):
     """Writes mu (D,) and sigma (D, D) as an .npz that this file and pytorch-fid read."""
-    with replacing(path, "wb") as file:
-        np.savez(file, mu=mu, sigma=sigma)
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=mu, sigma=sigma)
+    write_whole(path, buffer.getvalue())
 
 
-@contextlib.contextmanager
-def replacing(path, mode, **options):
-    """A file to write that takes the place of `path` at the end, so that nobody ever finds it half written."""
+def write_whole(path, content):
+    """Bytes -> a file that appears whole or not at all. OSError says how much was needed where a disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with open(temporary, mode, **options) as file:
-            yield file
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        reason = f"{error.strerror}: {len(content):,} bytes are needed, {free:,} are free on its disk"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -329,19 +351,25 @@ def read_rows(path, column):
 
 def write_row(path, model, column, distance):
     """Adds the model's row to a CSV with the columns model and `column`, or replaces its distance there."""
-    columns, rows = read_rows(path, column)
-    if not any(row["model"] == model for row in rows):
-        rows.append({"model": model})
-    rows = [row | {column: f"{distance:.6g}"} if row["model"] == model else row for row in rows]
-    with replacing(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / ".lock", "a") as lock:  # another model's row may be on its way into the same table
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        columns, rows = read_rows(path, column)
+        if not any(row["model"] == model for row in rows):
+            rows.append({"model": model})
+        rows = [row | {column: f"{distance:.6g}"} if row["model"] == model else row for row in rows]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        write_whole(path, text.getvalue().encode())
 
 
 def fail(message):
     """Ends the program with one line on stderr and status 2."""
-    print(f"fid.py: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # a path may hold anything
+    print(f"fid.py: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -369,8 +397,8 @@ def parse_arguments():
         fail("--out FILE.csv and --name MODEL go together, with A and B")
     if args.save and not args.save.endswith(".npz"):
         fail(f"--save {args.save}: the name must end in .npz")
-    if args.batch_size < 1 or args.workers < 0 or not 0 <= args.seed < 2**63:
-        fail("--batch-size must be at least 1, --workers at least 0, --seed between 0 and 2^63 - 1")
+    if args.batch_size < 1 or not 0 <= args.workers <= 512 or not 0 <= args.seed < 2**63:
+        fail("--batch-size must be at least 1, --workers from 0 to 512, --seed between 0 and 2^63 - 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=args.device)
@@ -397,8 +425,11 @@ def run(args):
     if args.out is not None:
         read_rows(args.out, column)  # before hours of work, not after
     paths = [path for path in (args.A, args.B) if path is not None]
-    exclude = set(Path(args.exclude).read_text(encoding="utf-8").split("\n")) if args.exclude else set()
-    inputs = [open_input(path, args.dims, {line.strip() for line in exclude}) for path in paths]
+    exclude = set()
+    if args.exclude:
+        with open(args.exclude, encoding="utf-8-sig", errors="surrogateescape") as file:
+            exclude = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file}
+    inputs = [open_input(path, args.dims, exclude) for path in paths]
     if args.check or any(isinstance(data, list) for data in inputs):
         network = inception(args.weights, args.dims, args.seed).to(args.device)
     if args.check:
@@ -422,11 +453,19 @@ def main():
     args = parse_arguments()
     try:
         run(args)
-    except torch.OutOfMemoryError:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (torch.OutOfMemoryError, MemoryError):
         fail(f"--batch-size {args.batch_size}: not enough memory on {args.device}, choose a smaller one")
-    except (OSError, ValueError, csv.Error) as error:
-        # An error from a reading process comes with its traceback, the message itself in the last line.
-        fail((str(error).strip().splitlines() or [repr(error)])[-1].removeprefix("ValueError: "))
+    except (OSError, ValueError) as error:
+        text = str(error).strip() or repr(error)
+        if text.startswith("Caught "):  # from a reading process, with its traceback; the message itself comes last
+            text = text.rpartition(f"\n{type(error).__name__}: ")[2]
+        fail(text)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("allocate memory", "DataLoader worker", "shared memory")):
+            raise
+        fail(f"not enough memory: choose a smaller --batch-size than {args.batch_size}, or fewer --workers than {args.workers}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ log = logging.getLogger("files")
 PART = ".part"  # ends the name of a file that is being written
 
 
+def one_line(text):
+    """What a message quotes, of which a path or a damaged file may make anything, in printable characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def write_whole(path, content):
     """Write bytes such that the file appears whole or not at all: under another name, through to the disk, renamed.
 
@@ -36,9 +41,11 @@ def write_whole(path, content):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
-            reason = f"{error.strerror}: {len(content):,} bytes are needed, {free:,} are free on its disk"
+        if isinstance(error, OSError):
+            reason = error.strerror
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                free = shutil.disk_usage(path.parent).free
+                reason = f"{reason}: {len(content):,} bytes are needed, {free:,} are free on its disk"
             raise OSError(error.errno, reason, str(path)) from error
         raise
 
@@ -65,9 +72,9 @@ def lock(folder, wait=False):
             file.seek(0)
             raise ValueError(f"{folder}: {file.read().strip() or 'another process'} is at work there") from error
         log.warning("%s: cannot be locked here (%s): see to it that one process at a time writes there", folder, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a courtesy, which a full disk may not have room for
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 
@@ -126,8 +133,8 @@ def read_csv(path, *columns):
     return rows
 
 
-def check_out(out, *folders):
+def check_out(out, *folders, flag="--out"):
     """Raises ValueError if `out` is one of the folders, or inside of one, from which a stage only reads."""
     for folder in filter(None, folders):
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"--out {out}: lies inside {folder}, which is only read; give a folder elsewhere")
+            raise ValueError(f"{flag} {out}: lies inside {folder}, which is only read; give a folder elsewhere")

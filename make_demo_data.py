@@ -15,6 +15,8 @@ there, so that the gap between them is one of appearance: the kind that CLADA is
 import argparse
 import math
 import os
+import signal
+import sys
 from collections import namedtuple
 from functools import cache, partial
 from multiprocessing import Pool
@@ -531,6 +533,11 @@ def write_frame(frame, out, seed, height, width):
         files.write_whole(path, files.png_bytes(picture))
 
 
+def leave_signals_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it ends them
+
+
 def is_finished(out, arguments):
     """Does OUT hold all frames of these arguments? ValueError if it holds something else."""
     done, begun = out / "demo.json", out / "demo.unfinished.json"
@@ -556,8 +563,8 @@ def parse_size(text):
 
 
 def parse_count(text, least=1):
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} up")
+    if not text.isdecimal() or not least <= int(text) < 10**6:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} to 999,999")
     return int(text)
 
 
@@ -587,7 +594,9 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
             files.clear_parts(folder)
         work = partial(write_frame, out=args.out, seed=args.seed, height=height, width=width)
-        with Pool() as pool:
+        # A pool does not end by itself with its parent: SIGTERM becomes an exception, which ends both.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        with Pool(initializer=leave_signals_to_the_parent) as pool:
             for _ in tqdm(pool.imap_unordered(work, frames, chunksize=4), total=len(frames), unit="frame", desc="demo data"):
                 pass
         os.replace(args.out / "demo.unfinished.json", args.out / "demo.json")

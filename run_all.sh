@@ -93,23 +93,22 @@ if [ -n "${EXCLUDE:-}" ]; then
     [ -f "$EXCLUDE" ] || fail "EXCLUDE is $EXCLUDE: no such file"
     exclude=(--exclude "$EXCLUDE") common+=(--exclude "$EXCLUDE")
 fi
-read -ra words <<<"${TRANSLATOR_ARGS:-}" && translator+=("${words[@]}")
-read -ra words <<<"${SEGMENTER_ARGS:-}" && segmenter+=("${words[@]}")
-read -ra words <<<"${ADAPT_ARGS:-}" && adapter+=("${words[@]}")
+read -r -d '' -a words <<<"${TRANSLATOR_ARGS:-}" || true
+translator+=("${words[@]}")
+read -r -d '' -a words <<<"${SEGMENTER_ARGS:-}" || true
+segmenter+=("${words[@]}")
+read -r -d '' -a words <<<"${ADAPT_ARGS:-}" || true
+adapter+=("${words[@]}")
 
 # A script runs beside this one, which waits: so a signal is passed on at once, and the script can save its work.
-child=
 run() {
     "$PYTHON" "$HERE/$1" "${@:2}" &
-    child=$!
-    local status=0
-    wait "$child" || status=$?
-    child=
-    return "$status"
+    wait $!
 }
 stop() { # EXIT_STATUS
     trap '' TERM INT HUP
-    if [ -n "$child" ] && kill -TERM "$child" 2>/dev/null; then wait "$child" || true; fi
+    local child
+    for child in $(jobs -p); do kill -TERM "$child" 2>/dev/null && wait "$child" || true; done
     exit "$1"
 }
 trap 'stop 143' TERM
@@ -164,9 +163,9 @@ else
     run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
         --name Source --out "$OUT/results/distances.csv" "${exclude[@]}"
     # A translated frame of 1024x563 takes about 1 MiB as PNG; checkpoints and weights about 1 GiB a method.
-    frames=$(find -L "$(photos_of "$SOURCE")" -type f | wc -l)
+    frames=$({ find -L "$(photos_of "$SOURCE")" -type f 2>/dev/null || true; } | wc -l)
     needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + 2048)) free=$(df --output=avail -m "$OUT" | tail -n 1)
-    held=$(du -sm "$OUT" | cut -f 1) # what an earlier call has written already
+    held=$({ du -sm "$OUT" 2>/dev/null || true; } | cut -f 1) # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi
 

@@ -67,28 +67,43 @@ def _explained(error):
     if text.startswith("Caught ") and " worker process " in text:
         # A DataLoader's worker sends its whole traceback as the message; the error itself comes last.
         text = text.rpartition(f"\n{type(error).__name__}: ")[2]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    line = files.one_line(text)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in NO_MEMORY):
         return 1, "not enough memory: lower --batch-size, --crop-size, --width, --base-channels or --workers"
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and (text.startswith("DataLoader worker") or "shared memory" in text):
         return 1, "a process that reads images was killed, most likely for lack of memory: lower --workers or --width"
+    if isinstance(error, RuntimeError) and dist.is_initialized() and any(words in text for words in NO_PEER):
+        return 1, "another process of this run stopped; its message says why"
     if isinstance(error, FloatingPointError):
-        return 1, text
+        return 1, line
     if isinstance(error, (ValueError, OSError)):
-        return 2, text.replace("\n", "\\n")  # of a path, say
+        return 2, line
     return None, ""
+
+
+# What torch says when an allocation failed, or when it lost a process.
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED", "Cannot allocate memory")
+NO_PEER = ("Connection", "gloo", "NCCL", "Socket")
 
 
 def positive_int(text):
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 2^31 - 1")
     return value
 
 
 def count(text):
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^31 - 1")
+    return value
+
+
+def few(text):
+    value = count(text)
+    if value > 512:
+        raise argparse.ArgumentTypeError(f"{text} is more than 512, which no machine has use for")
     return value
 
 
@@ -139,7 +154,7 @@ def parser(description, commands):
     made = argparse.ArgumentParser(description=description, epilog=commands, formatter_class=formatter)
 
     def error(message):
-        print(f"{made.prog}: {message}", file=sys.stderr)
+        print(f"{made.prog}: {files.one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
     made.error = error
@@ -148,7 +163,7 @@ def parser(description, commands):
 
 def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default)")
-    parser.add_argument("--workers", type=count, default=4, help="processes that load images (default 4)")
+    parser.add_argument("--workers", type=few, default=4, help="processes that load images (default 4)")
     parser.add_argument("--seed", type=seed, default=0, help="of all that is random (default 0)")
 
 
@@ -265,6 +280,7 @@ def _average_gradients(optimizer, *_):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training runs
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
 FREE_ARGUMENTS = {"out", "device", "workers", "log_every", "save_every", "check", "restart", "exclude"}
 
@@ -281,21 +297,27 @@ class Run:
         if args.crop_size[1] > args.width:
             raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames, which --width {args.width} makes")
         files.check_out(self.out, *(getattr(args, name, None) for name in ("source", "target", "data", "segmenter")))
-        begun = self.out / "args.json"
-        self.stored = files.read_json(begun) if begun.is_file() and not args.restart else {}
+        self._read_stored()
         if args.precision == "auto":
             args.precision = self.stored.get("precision") or pick_precision("auto", self.device)
-        args.script = Path(sys.argv[0]).name
         self.compare_arguments()
         self.iteration = 0  # the number of steps done
         self.is_finished = (self.out / "weights.pt").is_file() and not args.restart
         self.rows, self.sums, self.steps_summed = [], {}, 0
 
+    def _read_stored(self):
+        self.args.script, path = Path(sys.argv[0]).name, self.out / "args.json"
+        self.stored = files.read_json(path) if path.is_file() else {}
+        if self.stored.get("script", self.args.script) != self.args.script:
+            raise ValueError(f"--out {self.out}: holds a run of {self.stored['script']}; give another folder")
+        if self.args.restart:
+            self.stored = {}
+
     def compare_arguments(self):
         """Raises ValueError if the run was begun with arguments, or with data, that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
         changed = [
-            f"--{key.replace('_', '-')} (was {self.stored[key]}, is now {value})"
+            f"--{key.replace('_', '-')} (was {files.one_line(self.stored[key])}, is now {files.one_line(value)})"
             for key, value in self.arguments.items()
             if key in self.stored and key not in FREE_ARGUMENTS and self.stored[key] != value
         ]
@@ -320,6 +342,8 @@ class Run:
             sys.exit()
         if is_first():
             self.lock = files.lock(self.out)
+            self._read_stored()  # again: another process may have begun while this one looked at its data
+            self.compare_arguments()
             if self.args.restart:
                 self._clear()
             (self.out / "samples").mkdir(exist_ok=True)
@@ -335,11 +359,17 @@ class Run:
         with open(self.checkpoint, "rb") as file:
             try:
                 saved = torch.load(file, map_location=self.device, weights_only=True)
+                if saved["begun"] != self._begun():
+                    raise ValueError("begun with other arguments")
                 for name, part in self.state.items():
                     of_process = isinstance(part, OfProcess)
                     part.load_state_dict(saved["state"][name][rank()] if of_process else saved["state"][name])
+                    if isinstance(part, torch.optim.Optimizer):
+                        _check_moments(part)
                 self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
-                self.sums = saved["sums"][rank()]
+                self.sums = {str(name): total.reshape(()) for name, total in saved["sums"][rank()].items()}
+                if not (type(self.iteration) is type(self.steps_summed) is int and 0 <= self.iteration <= self.args.iterations):
+                    raise ValueError("no number of iterations")
                 rows = files.read_csv(self.out / "log.csv")
                 self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
                 for row in self.rows:
@@ -349,6 +379,11 @@ class Run:
                     f"{self.checkpoint}: not a checkpoint of this run, or log.csv beside it is damaged "
                     f"({type(error).__name__}); --restart begins anew"
                 ) from error
+
+    def _begun(self):
+        """What tells runs of equal networks apart; no paths, since checkpoints of two folders are to be equal."""
+        names = ("script", "method", "seed", "iterations", "processes", "precision")
+        return {name: self.arguments.get(name) for name in names}
 
     def _clear(self):
         for name in ("weights.pt", "checkpoint.pt", "log.csv", "summary.json", "evaluation.json", "args.json"):
@@ -361,7 +396,7 @@ class Run:
         args, cuda = self.args, self.device.type == "cuda"
         batches = _Batches(self.iteration, args.iterations, args.batch_size, rank(), processes())
         loader = DataLoader(
-            dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=_ignore_interrupts
+            dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=ignore_interrupts
         )
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not is_first())
         if cuda:
@@ -431,10 +466,10 @@ class Run:
 
     def _finite_state(self):
         state = {name: part.state_dict() for name, part in self.state.items()}
-        for name, part in self.state.items():
-            if isinstance(part, OfProcess):
-                state[name] = _gathered(state[name])
-        if bad := not_finite(state):
+        bad = not_finite(state)
+        if processes() > 1:  # what is of one process, BatchNorm's statistics say, need not be bad in all
+            bad = list(dict.fromkeys(name for names in _gathered(bad) for name in names))
+        if bad:
             raise self._diverged("state", bad)
         return state
 
@@ -449,8 +484,12 @@ class Run:
         """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
         start = time.perf_counter()
         self._finite_means()
-        content = {"iteration": self.iteration, "state": self._finite_state(), "steps_summed": self.steps_summed}
-        content["sums"] = _gathered(self.sums)
+        state = self._finite_state()
+        for name, part in self.state.items():
+            if isinstance(part, OfProcess):
+                state[name] = _gathered(state[name])
+        content = {"begun": self._begun(), "iteration": self.iteration, "state": state}
+        content |= {"sums": _gathered(self.sums), "steps_summed": self.steps_summed}
         if is_first():
             files.write_whole(self.checkpoint, torch_bytes(content))
         self.interval_start += time.perf_counter() - start  # saving is no part of a step
@@ -539,6 +578,14 @@ class OfProcess:
     """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
 
 
+def _check_moments(optimizer):
+    """ValueError unless Adam's moments have their parameters' shapes, which load_state_dict does not look at."""
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape != (() if name == "step" else parameter.shape):
+                raise ValueError(f"{name} has another shape than its parameter")
+
+
 def _gathered(state):
     """The states of all processes, in their order."""
     states = [state] * processes()
@@ -575,10 +622,16 @@ class _Batches:
 
 @contextlib.contextmanager
 def _caught_signals():
-    """A list that SIGTERM and SIGINT append to, so that the step under way is finished and saved first."""
+    """A list that SIGTERM, SIGINT and SIGHUP append to, so that the step under way is finished and saved first."""
     caught, previous = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, lambda number, frame: caught.append(number))
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
+
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish is respected
+            previous[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
@@ -586,9 +639,9 @@ def _caught_signals():
             signal.signal(number, handler)
 
 
-def _ignore_interrupts(worker):
-    """A signal to the process group reaches the workers too, which the trainer needs until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def ignore_interrupts(*_):
+    """For processes that read or draw images: a signal to the group reaches them too, and it is the parent's to act."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

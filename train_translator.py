@@ -194,7 +194,9 @@ class ImagePool(runtime.OfProcess):
         return {"images": self.images}
 
     def load_state_dict(self, state):
-        self.images = state["images"]
+        if len(state["images"]) > self.size or any(image.ndim != 3 for image in state["images"]):
+            raise ValueError(f"no pool of {self.size} images")
+        self.images = list(state["images"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

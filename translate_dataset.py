@@ -89,15 +89,22 @@ def main():
     width = runtime.trained_width(args.translator)
     data.check_frames(frames, width)
 
-    # What the output depends on: a folder that was begun with something else is not gone on with.
     device = runtime.pick_device(args.device)
-    precision = runtime.pick_precision(args.precision, device)
+    generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
+
+    # What the output depends on: a folder that was begun with something else is not gone on with.
+    lock = files.lock(args.out)  # noqa: F841 - held as long as the process lives
+    begun = args.out / "args.json"
+    was = files.read_json(begun) if begun.is_file() else {}
+    if not was and any((args.out / "images").glob("*")):
+        raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
+    precision = was.get("precision") if args.precision == "auto" and not args.restart else None
+    precision = precision or runtime.pick_precision(args.precision, device)
     facts = {"source": args.source, "split": args.split, "frames": runtime.fingerprint(frames), "width": width}
     facts |= {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
     facts |= {"batch_size": args.batch_size, "precision": precision}
-    lock = files.lock(args.out)  # noqa: F841 - held as long as the process lives
-    if (begun := args.out / "args.json").is_file() and not args.restart and (was := files.read_json(begun)) != facts:
-        changed = ", ".join(f"{key} (was {was.get(key)}, is {facts[key]})" for key in facts if was.get(key) != facts[key])
+    if was and was != facts and not args.restart:
+        changed = ", ".join(f"{key} (was {was.get(key)}, is now {facts[key]})" for key in facts if was.get(key) != facts[key])
         raise ValueError(
             f"--out {args.out}: begun with another {changed}; give another --out, or --restart to throw away what is there"
         )
@@ -111,7 +118,7 @@ def main():
 
     # Batches are cut before finished ones are left out: what stands beside a frame is the same in an interrupted run.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
-    done = {path.stem for path in (args.out / "images").glob("[!.]*.png")}
+    done = set.intersection(*({path.stem for path in (args.out / part).glob("[!.]*.png")} for part in ("images", "labels")))
     batches = [batch for batch in batches if not done.issuperset(frame.name for frame in batch)]
     if not batches:
         print(f"{args.out}: finished")
@@ -119,12 +126,12 @@ def main():
     left = [frame for batch in batches for frame in batch]
     check_disk(args.out, left, width)
 
-    generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
     starts = itertools.accumulate(map(len, batches), initial=0)
     loader = DataLoader(
         ResizedPairs(left, width),
         batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)],
         num_workers=args.workers,
+        worker_init_fn=runtime.ignore_interrupts,
         collate_fn=list,  # frames differ in size
     )
     palette = [channel for color in _id_colours() for channel in color]

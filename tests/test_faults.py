@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_a_run_stopped_after_every_step_ends_as_one_never_stopped(
     assert not list(tmp_path.rglob(".*.part"))
 
 
-@pytest.mark.parametrize(("sign", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("sign", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_finishes_the_step_and_saves(pair, tmp_path, watched, sign, status):
     module, words = stage("cut", pair)
     words = [*words, "--iterations", 50, "--log-every", 1, "--workers", 2, "--out", tmp_path / "a"]
@@ -139,7 +140,9 @@ def test_run_all_passes_a_signal_on(pair, tmp_path):
     files.lock(log.parent).close()  # and is gone
 
 
-@pytest.mark.parametrize("kind", ["cyclegan", "adaptation"])
+@pytest.mark.parametrize(
+    "kind", ["cyclegan", "adaptation", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut", "segmenter"))]
+)
 def test_two_processes_are_resumed_exactly(pair, segmenter, tmp_path, watched, kind):
     """Under torchrun; each has an image pool of its own."""
     module, words = stage(kind, pair, segmenter)
@@ -309,10 +312,13 @@ def test_restart_begins_anew(begun, monkeypatch, tmp_path):
 def test_a_run_of_another_stage_is_refused(begun, pair, monkeypatch, capsys, tmp_path):
     module, words = stage("segmenter", pair)
     assert call(monkeypatch, module, [*words, "--out", tmp_path / "run"]) == 2
-    assert "--script (was train_translator.py, is now train_segmenter.py)" in capsys.readouterr().err
+    assert "holds a run of train_translator.py" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no checkpoint", "another network", "another stage", "log"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut short", "no checkpoint", "another network", "another stage", "log", "another method", "iteration", "moments", "sums"],
+)
 def test_a_checkpoint_that_does_not_fit_is_named(begun, segmenter, monkeypatch, capsys, tmp_path, damage):
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
@@ -325,13 +331,84 @@ def test_a_checkpoint_that_does_not_fit_is_named(begun, segmenter, monkeypatch, 
         torch.save(saved, path)
     elif damage == "another stage":
         path.write_bytes((segmenter / "checkpoint.pt").read_bytes())
-    else:
+    elif damage == "log":
         (tmp_path / "run" / "log.csv").write_text("iteration,G\nmany,0\n")
+    elif damage == "another method":  # the three have the same networks; without args.json the checkpoint tells
+        begun[begun.index("--method") + 1] = "fastcut"
+        (tmp_path / "run" / "args.json").unlink()
+    else:
+        if damage == "moments":
+            saved["state"]["opt_G"]["state"][0]["exp_avg"] = torch.zeros(3)
+        else:
+            saved[damage] = {"iteration": "x", "sums": [{"G": "x"}]}[damage]
+        torch.save(saved, path)
     before = path.read_bytes()
     assert call(monkeypatch, train_translator, begun) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert "checkpoint.pt: not a checkpoint of this run" in err and "--restart" in err
     assert path.read_bytes() == before
+
+
+def test_restart_does_not_touch_another_stages_run(begun, pair, monkeypatch, capsys, tmp_path):
+    module, words = stage("segmenter", pair)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert call(monkeypatch, module, [*words, "--out", tmp_path / "run", "--restart"]) == 2
+    assert "holds a run of train_translator.py" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+@pytest.fixture
+def translator(pair, tmp_path, monkeypatch):
+    module, words = stage("cut", pair)
+    assert call(monkeypatch, module, [*words, "--iterations", 1, "--workers", 0, "--out", tmp_path / "translator"]) == 0
+    return ["--translator", tmp_path / "translator", "--workers", 0, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("restart", [[], ["--restart"]])
+def test_translation_does_not_touch_a_folder_that_is_not_its_own(pair, translator, tmp_path, monkeypatch, capsys, restart):
+    shutil.copytree(pair / "source", tmp_path / "mine")
+    words = ["--source", pair / "source", *translator, "--out", tmp_path / "mine", *restart]
+    assert call(monkeypatch, translate_dataset, words) == 2
+    assert "holds images that are not from this script" in capsys.readouterr().err
+    assert len(list((tmp_path / "mine").rglob("*.png"))) == 8
+
+
+def test_a_translators_weights_that_do_not_fit_leave_nothing(pair, segmenter, tmp_path, monkeypatch, capsys):
+    words = ["--source", pair / "source", "--translator", segmenter, "--device", "cpu", "--out", tmp_path / "t"]
+    assert call(monkeypatch, translate_dataset, words) == 2
+    assert "holds a UNet, where a ResnetGenerator is needed" in capsys.readouterr().err and not (tmp_path / "t").exists()
+
+
+def test_a_lost_label_is_made_again_and_names_lead_nowhere(pair, translator, tmp_path, monkeypatch):
+    """Frames with quotes, spaces, newlines and letters of all kinds in their names; what is missing is made again."""
+    names = ['it\'s; $(rm -rf x) "q"', "a\nb", "Größe 東", "..x"]
+    for part in ("images", "labels"):
+        (tmp_path / "s" / part).mkdir(parents=True)
+        for name, path in zip(names, sorted((pair / "source" / part).iterdir())):
+            shutil.copy(path, tmp_path / "s" / part / f"{name}.png")
+    words = ["--source", tmp_path / "s", *translator, "--out", tmp_path / "t"]
+    assert call(monkeypatch, translate_dataset, words) == 0
+    shutil.copytree(tmp_path / "t", tmp_path / "whole")
+    translated = [name for name in names if not name.startswith(".")]  # hidden files are no frames
+    assert sorted(p.stem for p in (tmp_path / "t" / "labels").iterdir()) == sorted(translated)
+    (tmp_path / "t" / "labels" / f"{names[0]}.png").unlink()
+    assert call(monkeypatch, translate_dataset, words) == 0
+    assert_same_outputs(tmp_path / "whole", tmp_path / "t")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_unreadable_on_the_way_keep_the_last_checkpoint(pair, tmp_path, monkeypatch, capsys, workers):
+    shutil.copytree(pair / "source", tmp_path / "s")
+    module, words = stage("cut", pair)
+    words[words.index("--source") + 1] = tmp_path / "s"
+    words += ["--iterations", 12, "--save-every", 1, "--workers", workers, "--out", tmp_path / "run"]
+    assert call(monkeypatch, module, words, stop_after=1) == 143
+    bad = tmp_path / "s" / "images" / "00002.png"
+    bad.write_bytes(bad.read_bytes()[:3000])  # its header is whole
+    assert call(monkeypatch, module, words) == 2
+    err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "%|" not in line]
+    assert len(err) == 1 and f"{bad}: damaged image" in err[0]
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["iteration"] >= 1
 
 
 # --- divergence
@@ -385,6 +462,7 @@ def test_not_finite_names_the_tensors():
     ("flag", "value"),
     [
         ("--iterations", "0"),
+        ("--iterations", str(10**20)),
         ("--iterations", "1.5"),
         ("--batch-size", "-1"),
         ("--crop-size", "0"),
@@ -396,6 +474,7 @@ def test_not_finite_names_the_tensors():
         ("--lr", "-1"),
         ("--lr", "inf"),
         ("--workers", "-1"),
+        ("--workers", "100000"),
         ("--seed", "-1"),
         ("--seed", str(2**64)),
         ("--save-every", "0"),
@@ -499,4 +578,5 @@ def test_two_thousand_steps_grow_nothing_but_the_log(pair, tmp_path):
     assert process.returncode == 0 and len(seen) > 10
     memory, handles, names = zip(*seen[:-1])
     print(f"resident set {min(memory) / 1024:.0f} to {max(memory) / 1024:.0f} MiB, {min(handles)} to {max(handles)} open files")
+    assert all({n for n in listed if not n.endswith(".part")} == set(names[0]) - {".log.csv.part"} for listed in names)
     assert max(memory) < 1.05 * memory[0] and max(handles) <= handles[0] + 2

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -418,14 +420,14 @@ def test_rows_are_added_and_replaced_and_other_columns_refused(tmp_path):
     fid.write_row(table, "CUT", "FID", 8.0)
     with open(table, newline="") as file:
         assert list(csv.DictReader(file)) == [{"model": "CUT", "seconds": "0.3", "FID": "8"}]
-    assert [path.name for path in table.parent.iterdir()] == ["t.csv"]
+    assert sorted(path.name for path in table.parent.iterdir()) == [".lock", "t.csv"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(RuntimeError), fid.replacing(tmp_path / "x", "w") as file:
-        file.write("half")
-        raise RuntimeError
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="5 bytes are needed.*x'"):
+        fid.write_whole(tmp_path / "x", b"newer")
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -437,15 +439,41 @@ def test_check_computes_nothing(folders, tmp_path, monkeypatch, capsys, checkpoi
     assert call(monkeypatch, capsys, tmp_path / "gone", "--check", "--weights", "random")[0] == 2
 
 
-def test_published_weights_are_asked_for_with_their_checksum(monkeypatch, checkpoint):
-    def hub(url, **options):
-        assert url.endswith("/fid_weights/pt_inception-2015-12-05-6726825d.pth")
-        assert options["check_hash"] and options["weights_only"]
-        return checkpoint[0].state_dict()
+def test_published_weights_must_have_the_hash_of_their_name(monkeypatch, checkpoint, tmp_path):
+    digest, asked = hashlib.sha256(checkpoint[1].read_bytes()).hexdigest()[:8], []
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", hub)
+    def download(url, path, **_):
+        asked.append(url)
+        shutil.copy(checkpoint[1], path)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(fid, "WEIGHTS_FILE", f"inception-{digest}.pth")
     x = torch.rand(1, 3, 40, 40)
-    assert torch.equal(fid.inception(dims=64)(x), fid.inception(checkpoint[1], dims=64)(x))
+    for _ in range(2):
+        assert torch.equal(fid.inception(dims=64)(x), fid.inception(checkpoint[1], dims=64)(x))
+    assert len(asked) == 1 and asked[0].endswith("/fid_weights/pt_inception-2015-12-05-6726825d.pth")
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "b"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match=f"6726825d.pth: its sha256 begins with {digest}"):
+        fid.inception(dims=64)
+
+
+def test_excluded_images_are_left_out(folders, tmp_path, network):
+    (tmp_path / "names").write_text("1  # dark\n\n# and\n2.png\n")
+    for name in ("0_leftImg8bit", "3"):
+        save_image(folders[0] / f"{name}.png", np.random.default_rng(0))
+    found = fid.find_images(folders[0], {"1", "2.png"})
+    assert [Path(path).name for path in found] == ["0.png", "0_leftImg8bit.png", "3.png"]
+    words = [folders[0], "--weights", "random", "--dims", 64, "--exclude", tmp_path / "names", "--check"]
+    assert "a: 3 images" in command(*words).stdout
+
+
+def test_what_is_no_file_does_not_hang(folders):
+    os.mkfifo(folders[0] / "z.png")
+    with pytest.raises(ValueError, match="z.png: not a regular file"):
+        fid.find_images(folders[0])
 
 
 @pytest.fixture

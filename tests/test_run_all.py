@@ -15,6 +15,7 @@ from commands import ROOT, assert_same_outputs, run, script, table
 from PIL import Image
 
 import data
+import models
 
 SMALL = "--device cpu --width 128 --log-every 1"
 
@@ -175,9 +176,23 @@ def test_run_directories_hold_what_they_should(everything):
     assert (run_directory / "samples" / "0000002.png").is_file()
 
 
-def test_predictions_are_saved_as_label_ids(everything, pair, tmp_path):
+@pytest.fixture
+def lively_segmenter(everything, pair, tmp_path):
+    """A run whose network, unlike one of two steps, predicts many classes: large weights behind fresh BatchNorm statistics."""
+    shutil.copytree(everything[0] / "segmenters" / "oracle", tmp_path / "lively")
+    network = models.load_network(tmp_path / "lively" / "weights.pt").train()
+    frames = data.Frames(data.list_frames(pair / "target", "val"), 128)
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.stack([data.to_unit(frames[i][0]) for i in range(2)]))
+        network.head.weight.normal_(0, 5)
+    torch.save(models.network_state(network), tmp_path / "lively" / "weights.pt")
+    return tmp_path / "lively"
+
+
+def test_predictions_are_saved_as_label_ids(lively_segmenter, pair, tmp_path):
     result = script(
-        "evaluate.py", "--segmenter", everything[0] / "segmenters" / "oracle", "--data", pair / "target",
+        "evaluate.py", "--segmenter", lively_segmenter, "--data", pair / "target",
         "--save-predictions", tmp_path / "p", "--workers", 0, "--out", tmp_path / "t.csv",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -193,7 +208,7 @@ def test_predictions_are_saved_as_label_ids(everything, pair, tmp_path):
     scores = official.evaluateImgLists([official.getPrediction(options, label) for label in labels], labels, options)
     true_ids = np.unique([Image.open(label) for label in labels])
     expected = {id2label[i].name: scores["classScores"][id2label[i].name] for i in true_ids if not id2label[i].ignoreInEval}
-    assert len(expected) > 5 and len(np.unique([Image.open(file) for file in files])) > 1
+    assert len(expected) > 5 and len(np.unique([Image.open(file) for file in files])) > 5
     (row,) = table(tmp_path / "t.csv")
     for name in data.CLASS_NAMES:
         cell = float(row[name]) if row[name] else None
@@ -212,7 +227,11 @@ TRANSLATOR = ["--method", "cut", "--crop-size", 64, "--width", 128]
         ("train_segmenter.py", ["--data", "{pair}/source", "--lr", "nan"], "--lr"),
         ("train_segmenter.py", ["--data", "{pair}/source", "--encoder-weights", "no.pth"], "no.pth: No such file"),
         ("train_segmenter.py", ["--data", "{pair}/source", "--device", "tpu9"], "--device tpu9"),
-        ("adapt_features.py", ["--source", "{pair}/source", "--target", "{pair}/target", "--segmenter", "x"], "--segmenter x"),
+        (
+            "adapt_features.py",
+            ["--source", "{pair}/source", "--target", "{pair}/target", "--segmenter", "x"],
+            "/x: no weights.pt",
+        ),
         ("translate_dataset.py", ["--source", "{pair}/source", "--translator", "x"], "--translator x"),
     ],
 )
@@ -239,4 +258,4 @@ def test_run_all_says_what_is_wrong(environment, message, tmp_path):
 def test_a_run_is_not_resumed_with_other_arguments(everything, pair):
     words = ["--data", pair / "source", "--out", everything[0] / "segmenters" / "source_only", "--lr", "0.5"]
     result = script("train_segmenter.py", *words)
-    assert result.returncode == 2 and "--lr (was 0.0002, is 0.5)" in result.stderr
+    assert result.returncode == 2 and "--lr (was 0.0002, is now 0.5)" in result.stderr
