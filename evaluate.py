@@ -133,10 +133,9 @@ def report(out):
     results = out / "results"
     if not (results / "table2.csv").is_file():
         raise ValueError(f"--report {out}: no {results / 'table2.csv'}, which evaluating a model with --out writes")
-    with files.lock(results, wait=True):
-        table2 = read_table(results / "table2.csv")
-        order = [name for name in MODELS if name in table2] + [name for name in table2 if name not in MODELS]
-        files.write_csv(results / "table2.csv", [table2[name] for name in order])
+    table2 = read_table(results / "table2.csv")
+    order = [name for name in MODELS if name in table2] + [name for name in table2 if name not in MODELS]
+    files.write_csv(results / "table2.csv", [table2[name] for name in order])
 
     if rows := table1(out):
         files.write_csv(results / "table1.csv", rows)
@@ -312,7 +311,10 @@ def parse_args():
 def main():
     args = parse_args()
     if args.report is not None:
-        report(args.report)
+        if not (args.report / "results").is_dir():
+            raise ValueError(f"--report {args.report}: no folder results there, which run_all.sh makes")
+        with files.lock(args.report / "results", wait=True):
+            report(args.report)
         return
     name = args.name or args.segmenter.name
     for flag, written in (("--out", args.out), ("--save-predictions", args.save_predictions)):

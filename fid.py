@@ -284,7 +284,7 @@ def write_whole(path, content):
     """Bytes -> a file that appears whole or not at all. OSError says how much was needed where a disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -31,7 +31,7 @@ def write_whole(path, content):
     A full disk is an OSError that says how much was needed; what `path` held before is still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}{PART}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -436,7 +436,7 @@ def test_the_limit_of_pixels_is_pillows_own(tmp_path, monkeypatch):
             assert "x.png: " in refused(data.load_image, tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("error", [struct.error, IndexError, OverflowError, MemoryError, zlib.error, SyntaxError, KeyError])
+@pytest.mark.parametrize("error", [struct.error, IndexError, OverflowError, zlib.error, SyntaxError, KeyError])
 def test_whatever_pillow_raises_is_a_damaged_file(tmp_path, monkeypatch, error):
     def fail(*args, **options):
         raise error
@@ -448,6 +448,16 @@ def test_whatever_pillow_raises_is_a_damaged_file(tmp_path, monkeypatch, error):
             load(tmp_path / "x.png")
     monkeypatch.setattr(Image, "open", fail)
     assert "x.png: not a PNG or JPEG image" in refused(data.load_image, tmp_path / "x.png")
+
+
+def test_too_little_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    Image.new("L", (30, 20)).save(tmp_path / "x.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(MemoryError):
+        data.load_image(tmp_path / "x.png")
 
 
 def test_all_problems_of_the_structure_are_counted_and_listed(tmp_path):

@@ -116,7 +116,7 @@ def test_a_run_survives_kills_while_it_writes(pair, tmp_path, watched):
     for kill, status in (("SIGKILL checkpoint.pt 2", -9), ("SIGTERM log.csv 1", 143), ("SIGINT 0000004.png 1", 130)):
         assert script("train_translator.py", *words, **watched, KILL_AT=kill).returncode == status
     assert script("train_translator.py", *words, **watched, KILL_AT="SIGKILL weights.pt 1").returncode == -9
-    assert (tmp_path / "b" / ".weights.pt.part").exists()
+    assert list((tmp_path / "b").glob(".weights.pt.*.part"))
     assert script("train_translator.py", *words).returncode == 0
     assert_same_outputs(tmp_path / "a", tmp_path / "b")
 
@@ -578,5 +578,7 @@ def test_two_thousand_steps_grow_nothing_but_the_log(pair, tmp_path):
     assert process.returncode == 0 and len(seen) > 10
     memory, handles, names = zip(*seen[:-1])
     print(f"resident set {min(memory) / 1024:.0f} to {max(memory) / 1024:.0f} MiB, {min(handles)} to {max(handles)} open files")
-    assert all({n for n in listed if not n.endswith(".part")} == set(names[0]) - {".log.csv.part"} for listed in names)
+    assert all(
+        {n for n in listed if not n.endswith(".part")} == {n for n in names[0] if not n.endswith(".part")} for listed in names
+    )
     assert max(memory) < 1.05 * memory[0] and max(handles) <= handles[0] + 2
