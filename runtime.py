@@ -562,8 +562,8 @@ def not_finite(state, name=""):
     named = [(key, tensor) for key, tensor in _tensors(state, name) if tensor.is_floating_point() and tensor.numel()]
     if not named:
         return []
-    largest = torch.stack([torch.linalg.vector_norm(tensor.detach(), float("inf")).double() for _, tensor in named])
-    return [key for (key, _), good in zip(named, largest.isfinite().tolist(), strict=True) if not good]
+    extremes = torch.stack([value.double() for _, tensor in named for value in torch.aminmax(tensor.detach())])
+    return [key for (key, _), good in zip(named, extremes.isfinite().view(-1, 2).all(1).tolist(), strict=True) if not good]
 
 
 def _tensors(part, name):

@@ -550,7 +550,7 @@ def test_twenty_kills_at_random_moments(pair, segmenter, tmp_path, kind):
         while True:
             process = started(out)
             try:
-                stderr = process.communicate(timeout=chance.uniform(3, 9) * (3 if kind == "run_all" else 1))[1]
+                stderr = process.communicate(timeout=chance.uniform(4, 12) * (3 if kind == "run_all" else 1))[1]
                 assert process.returncode == 0, stderr
                 break
             except subprocess.TimeoutExpired:
