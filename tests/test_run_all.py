@@ -178,14 +178,16 @@ def test_run_directories_hold_what_they_should(everything):
 
 @pytest.fixture
 def lively_segmenter(everything, pair, tmp_path):
-    """A run whose network, unlike one of two steps, predicts many classes: large weights behind fresh BatchNorm statistics."""
+    """A run whose network, unlike one of two steps, predicts many classes: large weights, fresh statistics, no favourites."""
     shutil.copytree(everything[0] / "segmenters" / "oracle", tmp_path / "lively")
     network = models.load_network(tmp_path / "lively" / "weights.pt").train()
     frames = data.Frames(data.list_frames(pair / "target", "val"), 128)
+    photos = torch.stack([data.to_unit(frames[i][0]) for i in range(2)])
     with torch.no_grad():
         for _ in range(20):
-            network(torch.stack([data.to_unit(frames[i][0]) for i in range(2)]))
+            network(photos)
         network.head.weight.normal_(0, 5)
+        network.head.bias.sub_(network.eval()(photos).mean((0, 2, 3)))
     torch.save(models.network_state(network), tmp_path / "lively" / "weights.pt")
     return tmp_path / "lively"
 
