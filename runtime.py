@@ -86,53 +86,26 @@ NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED
 NO_PEER = ("Connection", "gloo", "NCCL", "Socket")
 
 
-def positive_int(text):
-    value = int(text)
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 2^31 - 1")
-    return value
+def number(kind, least, most, what=None):
+    """An argparse type: an int or a float from `least` to `most`; `what` says in a message what that is."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what or f'{kind.__name__} from {least} to {most}'}")
+        return value
+
+    return parse
 
 
-def count(text):
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^31 - 1")
-    return value
-
-
-def few(text):
-    value = count(text)
-    if value > 512:
-        raise argparse.ArgumentTypeError(f"{text} is more than 512, which no machine has use for")
-    return value
-
-
-def seed(text):
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63 - 1")
-    return value
-
-
-def non_negative(text):
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
-    return value
-
-
-def positive(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return value
-
-
-def share(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+positive_int, count, seed = number(int, 1, 2**31 - 1), number(int, 0, 2**31 - 1), number(int, 0, 2**63 - 1)
+few = number(int, 0, 512)  # processes: more would bring a machine down before it could say so
+positive = number(float, sys.float_info.min, sys.float_info.max, "finite number above 0")
+non_negative = number(float, 0, sys.float_info.max, "finite number from 0 up")
+share = number(float, 0, 1)
 
 
 def real_path(text):
@@ -622,16 +595,14 @@ class _Batches:
 
 @contextlib.contextmanager
 def _caught_signals():
-    """A list that SIGTERM, SIGINT and SIGHUP append to, so that the step under way is finished and saved first."""
+    """A list that SIGTERM, SIGINT and SIGHUP append to, so that the step under way is finished and saved first.
+
+    However often one comes: to a process group, torchrun and run_all.sh pass on what its members have had already.
+    """
     caught, previous = [], {}
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait
-
-    for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish is respected
-            previous[number] = signal.signal(number, catch)
+    for sign in STOP_SIGNALS:
+        if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN:  # nohup's wish is respected
+            previous[sign] = signal.signal(sign, lambda sign, frame: caught.append(sign))
     try:
         yield caught
     finally:
