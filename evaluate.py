@@ -331,7 +331,9 @@ def main():
             files.clear_parts(args.out.parent)
             table = read_table(args.out) if args.out.is_file() else {}
             files.write_csv(args.out, list((table | {name: row}).values()))
-        files.write_json(note, row)  # by which --skip-done sees that the row is this run's
+        with files.lock(args.segmenter, wait=True):
+            files.clear_parts(args.segmenter)
+            files.write_json(note, row)  # by which --skip-done sees that the row is this run's
     print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
 
 

@@ -17,6 +17,7 @@ number of images grows, so compare sets of similar size, and at 2048 dimensions 
 """
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -235,7 +236,10 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     mu, sigma = features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
     check_statistics(mu, sigma, name)
     if cached:
-        save_statistics(cached, mu, sigma)
+        with locked(cached.parent):
+            for leftover in cached.parent.glob(".*.part"):  # of a process that was killed as it wrote
+                leftover.unlink()
+            save_statistics(cached, mu, sigma)
     return mu, sigma
 
 
@@ -299,6 +303,15 @@ def write_whole(path, content):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time: the others wait. The lock is the operating system's and ends with its process."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet (2-Wasserstein) distance of two Gaussians: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), >= 0.
 
@@ -351,10 +364,7 @@ def read_rows(path, column):
 
 def write_row(path, model, column, distance):
     """Adds the model's row to a CSV with the columns model and `column`, or replaces its distance there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / ".lock", "a") as lock:  # another model's row may be on its way into the same table
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with locked(Path(path).parent):  # another model's row may be on its way into the same table
         columns, rows = read_rows(path, column)
         if not any(row["model"] == model for row in rows):
             rows.append({"model": model})

@@ -35,15 +35,16 @@ def stage(kind, pair, segmenter=None):
     return train_translator, [*domains, "--method", kind, "--base-channels", 4, *SMALL]
 
 
-def call(monkeypatch, module, words, stop_after=None):
-    """A script's main() in this process, where torch is imported already -> exit status; SIGTERM comes in a chosen step."""
+def call(monkeypatch, module, words, stop_after=None, signals=("SIGTERM",)):
+    """A script's main() in this process, where torch is imported already -> exit status; signals come in a chosen step."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
     log, steps = runtime.Run.log, []
 
     def counted(self, *args, **values):
         steps.append(1)
         if len(steps) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for sign in signals:
+                os.kill(os.getpid(), signal.Signals[sign])
         log(self, *args, **values)
 
     with monkeypatch.context() as patch:
@@ -91,6 +92,22 @@ def test_a_signal_finishes_the_step_and_saves(pair, tmp_path, watched, sign, sta
     stopped = script("train_translator.py", *words, **watched, KILL_AT=f"{sign} log.csv 3")  # to the workers as well
     assert stopped.returncode == status and "Traceback" not in stopped.stderr, stopped.stderr
     assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["iteration"] == 3
+
+
+def test_a_second_signal_does_not_cut_the_first_ones_work_short(pair, tmp_path, monkeypatch):
+    """A process group has it once from the shell, and once more from run_all.sh or torchrun, which pass it on."""
+    module, words = stage("cut", pair)
+    words += ["--iterations", 5, "--workers", 0, "--out", tmp_path / "a"]
+    write_whole = files.write_whole
+
+    def interrupted(path, content):
+        if path.name == "checkpoint.pt":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_whole(path, content)
+
+    monkeypatch.setattr(files, "write_whole", interrupted)
+    assert call(monkeypatch, module, words, stop_after=2, signals=("SIGTERM", "SIGTERM")) == 143
+    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["iteration"] == 2
 
 
 def test_the_encoder_is_frozen_for_as_long_as_the_flag_says(pair, segmenter, tmp_path, monkeypatch):
@@ -545,12 +562,13 @@ def test_twenty_kills_at_random_moments(pair, segmenter, tmp_path, kind):
     stderr = whole.communicate()[1]
     assert whole.returncode == 0, stderr
     chance, kills, rounds = random.Random(0), 0, 0
+    moments = (20, 150) if kind == "run_all" else (4, 12)  # seconds; its preflight alone takes 40
     while kills < 20:
         out, rounds = tmp_path / f"round{rounds}", rounds + 1
         while True:
             process = started(out)
             try:
-                stderr = process.communicate(timeout=chance.uniform(4, 12) * (3 if kind == "run_all" else 1))[1]
+                stderr = process.communicate(timeout=chance.uniform(*moments))[1]
                 assert process.returncode == 0, stderr
                 break
             except subprocess.TimeoutExpired:
