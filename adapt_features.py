@@ -11,8 +11,6 @@ the gate is shut; here the supervised loss goes on (ours, as are all of this sta
 An unfinished run is resumed by the same command.
 """
 
-from collections import deque
-
 import torch
 from torch.utils.data import StackDataset
 
@@ -59,24 +57,31 @@ def parse_args(words=None):
 
 
 class Gate:
-    """Is D_feat good enough for its gradient to mean something? Its mean accuracy over the last batches says so."""
+    """Is D_feat good enough for its gradient to mean something? Its mean accuracy over the last batches says so.
 
-    def __init__(self, threshold):
-        self.threshold, self.accuracies, self.opened, self.asked = threshold, deque(maxlen=GATE_WINDOW), 0, 0
+    All of it stays on the device: to ask costs no synchronisation.
+    """
+
+    def __init__(self, threshold, device=None):
+        self.threshold = threshold
+        self.accuracies = torch.zeros(GATE_WINDOW, device=device)  # a ring
+        self.opened, self.asked = torch.zeros((), dtype=torch.int64, device=device), 0
 
     def opens(self, accuracy):
-        """Take in the accuracy of the newest batch, in [0, 1] -> may the adversarial term reach F?"""
-        self.accuracies.append(float(accuracy))
-        is_open = sum(self.accuracies) / len(self.accuracies) > self.threshold
-        self.asked, self.opened = self.asked + 1, self.opened + is_open
-        return is_open
+        """Take in the accuracy of the newest batch, a scalar in [0, 1] -> 1.0 if the adversarial term may reach F, or 0.0."""
+        self.accuracies[self.asked % GATE_WINDOW] = accuracy
+        self.asked += 1
+        is_open = self.accuracies.sum() / min(self.asked, GATE_WINDOW) > self.threshold
+        self.opened += is_open
+        return is_open.float()
 
     def state_dict(self):
-        return {"accuracies": list(self.accuracies), "opened": self.opened, "asked": self.asked}
+        return {"accuracies": self.accuracies, "opened": self.opened, "asked": self.asked}
 
     def load_state_dict(self, state):
-        self.accuracies.extend(map(float, state["accuracies"]))
-        self.opened, self.asked = int(state["opened"]), int(state["asked"])
+        self.accuracies.copy_(state["accuracies"])
+        self.opened.copy_(state["opened"])
+        self.asked = int(state["asked"])
 
 
 def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
@@ -91,22 +96,18 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
         is_source, is_target = D(features_source.detach()), D(features_target.detach())
         loss_D = (gan_loss(is_source, True, "vanilla") + gan_loss(is_target, False, "vanilla")) / 2
     accuracy = ((is_source > 0).float().mean() + (is_target <= 0).float().mean()) / 2
-    opt_D.zero_grad()
-    loss_D.backward()
-    opt_D.step()
+    runtime.update(opt_D, loss_D)
 
     # F: supervised on translated source; where the gate is open, also to make the target's features look like source.
     task = loss_F = segmentation_loss(logits, labels)
-    is_open = gate.opens(runtime.averaged(accuracy))
+    is_open = gate.opens(runtime.averaged(accuracy.clone()))
     D.requires_grad_(False)
-    if is_open and weight > 0:
+    if weight > 0:
         with autocast:
-            loss_F = loss_F + weight * gan_loss(D(features_target), True, "vanilla")
-    opt_F.zero_grad()
-    loss_F.backward()
-    opt_F.step()
+            loss_F = loss_F + weight * is_open * gan_loss(D(features_target), True, "vanilla")
+    runtime.update(opt_F, loss_F)
     D.requires_grad_(True)
-    return {"task": task, "D": loss_D, "D_accuracy": accuracy}
+    return {"task": task, "D": loss_D, "D_accuracy": accuracy, "gate_open": is_open}
 
 
 def main():
@@ -124,11 +125,12 @@ def main():
     data.check_frames(source, args.width, args.crop_size)
     weights = files.finished(args.segmenter, "--segmenter")
     torch.manual_seed(args.seed)
-    segmenter = models.load_network(weights, models.UNet, run.device).to(memory_format=torch.channels_last).train()
+    segmenter = runtime.synchronised(models.load_network(weights, models.UNet, run.device), run.device)
+    segmenter.to(memory_format=torch.channels_last).train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
     opt_F = runtime.adam(segmenter.parameters(), lr=args.lr)
     opt_D = runtime.adam(discriminator.parameters(), lr=args.discriminator_lr)
-    gate = Gate(args.gate)
+    gate = Gate(args.gate, run.device)
     parts = dict(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
     run.restore(frames={"source": source, "target": target}, **parts)
 
@@ -149,12 +151,13 @@ def main():
             args.adversarial_weight,
             runtime.autocast(run.device, args.precision),
         )
-        run.log(losses, gate_open_share=round(gate.opened / gate.asked, 4))
+        run.log(losses)
+    opened = int(gate.opened)
     if args.adversarial_weight > 0:
-        print(f"{args.out}: the gate let the adversary through in {gate.opened} of {gate.asked} steps")
-        if gate.opened == 0:
+        print(f"{args.out}: the gate let the adversary through in {opened} of {gate.asked} steps")
+        if opened == 0:
             print(f"{args.out}: D_feat never passed --gate {args.gate}: this is fine-tuning without an adversary")
-    run.finish(models.network_state(segmenter), gate_opened=gate.opened, gate_asked=gate.asked)
+    run.finish(models.network_state(segmenter), gate_opened=opened, gate_asked=gate.asked)
 
 
 if __name__ == "__main__":

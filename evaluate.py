@@ -96,25 +96,31 @@ def predict(segmenter, image, size, autocast):
 
 
 def evaluate(args):
-    """Predict every labelled frame of a split -> the summed confusion matrix; with --save-predictions also PNG files."""
+    """Predict every labelled frame of a split -> the summed confusion matrix; with --save-predictions also PNG files.
+
+    Under torchrun each process predicts every n-th frame, and all have the whole sum.
+    """
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     device = runtime.pick_device(args.device)
     segmenter, width = load_segmenter(args.segmenter, "--segmenter", device)
     data.check_frames(frames, width)
+    runtime.join_processes(device)
+    frames = runtime.shard(frames)
     autocast = runtime.autocast(device, runtime.pick_precision(args.precision, device))
     if args.save_predictions:
         args.save_predictions.mkdir(parents=True, exist_ok=True)
     label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
-    total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64, device=device)
+    total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     options = {"num_workers": args.workers, "worker_init_fn": runtime.ignore_interrupts}
     loader = DataLoader(data.Frames(frames, width), batch_size=None, **options)  # frames differ in size
-    for frame, (image, label) in zip(frames, tqdm(loader, desc=str(args.segmenter)), strict=True):
+    bar = tqdm(loader, desc=str(args.segmenter), disable=not runtime.is_first())
+    for frame, (image, label) in zip(frames, bar, strict=True):
         prediction = predict(segmenter, image.to(device), label.shape, autocast)
-        total += confusion_matrix(prediction, label.to(device))
+        total += confusion_matrix(prediction, label.to(device)).cpu()
         if args.save_predictions:  # label ids under the names that the Cityscapes server takes
             ids = Image.fromarray(label_ids[prediction.cpu().numpy()])
             files.write_whole(args.save_predictions / f"{frame.name}_pred_labelIds.png", files.png_bytes(ids))
-    return total
+    return runtime.summed(total)
 
 
 def table_row(name, result):
@@ -326,7 +332,7 @@ def main():
             print(f"{name}: evaluated")
             return
     row = table_row(name, scores(evaluate(args)))
-    if args.out:
+    if args.out and runtime.is_first():
         with files.lock(args.out.parent, wait=True):  # another model's row may be on its way into the same table
             files.clear_parts(args.out.parent)
             table = read_table(args.out) if args.out.is_file() else {}

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import lapack
@@ -213,6 +214,7 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     images: a folder, or paths; network: (B, 3, 299, 299) in [0, 1] -> (B, D), used on its own device; cache: a folder
     where results are kept, found again only for the same weights and the same files (path, size, time of change);
     name: of the images in messages, where they are paths.
+    Where torch.distributed is initialised, each process takes its part of the images and all return the same.
     Raises ValueError for fewer than two images, for one that cannot be read, and if features are not finite.
     """
     if isinstance(images, (str, os.PathLike)):
@@ -220,27 +222,41 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     paths = [os.fspath(path) for path in images]
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} images given, a covariance needs at least 2")
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cached = cache and Path(cache) / f"{fingerprint(paths, network)}.npz"
-    if cached and cached.exists():
+    if gather(bool(cached and cached.exists()))[0]:  # as the first process sees it
         return load_statistics(cached)
+    # Whole batches are dealt out, so that one process has the same batches as many, and the same features to the bit.
+    batches = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
+    own = batches[rank::processes]
     device = next(network.parameters()).device
-    workers = min(workers, -(-len(paths) // batch_size))  # a worker takes whole batches: more would idle
-    pin = device.type == "cuda"
-    loader = torch.utils.data.DataLoader(ImageFiles(paths), batch_size, num_workers=workers, pin_memory=pin)
-    features = []
-    with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=None) as progress:
-        for batch in loader:
-            features.append(network(batch.to(device, non_blocking=True)).cpu().numpy())
-            progress.update(len(batch))
-    features = np.concatenate(features).astype(np.float64)  # 400 MB for 25,000 images at 2048: no running sums needed
+    options = {"num_workers": min(workers, len(own)), "pin_memory": device.type == "cuda"}
+    loader = torch.utils.data.DataLoader(ImageFiles(paths), batch_sampler=own, **options)
+    features = {}
+    with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=rank > 0 or None) as progress:
+        for indices, batch in zip(own, loader, strict=True):
+            features[indices.start] = network(batch.to(device, non_blocking=True)).cpu().numpy()
+            progress.update(min(len(batch) * processes, len(paths) - progress.n))
+    features = {start: part for parts in gather(features) for start, part in parts.items()}
+    # 400 MB for 25,000 images at 2048: no running sums needed
+    features = np.concatenate([features[batch.start] for batch in batches]).astype(np.float64)
     mu, sigma = features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
     check_statistics(mu, sigma, name)
-    if cached:
+    if cached and rank == 0:
         with locked(cached.parent):
             for leftover in cached.parent.glob(".*.part"):  # of a process that was killed as it wrote
                 leftover.unlink()
             save_statistics(cached, mu, sigma)
     return mu, sigma
+
+
+def gather(part):
+    """What each process has, in a list in their order."""
+    parts = [part]
+    if dist.is_initialized():
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, part)
+    return parts
 
 
 def fingerprint(paths, network):
@@ -409,7 +425,8 @@ def parse_arguments():
         fail(f"--save {args.save}: the name must end in .npz")
     if args.batch_size < 1 or not 0 <= args.workers <= 512 or not 0 <= args.seed < 2**63:
         fail("--batch-size must be at least 1, --workers from 0 to 512, --seed between 0 and 2^63 - 1")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device is None:  # under torchrun each process of a node has a GPU of its own
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -442,14 +459,22 @@ def run(args):
     inputs = [open_input(path, args.dims, exclude) for path in paths]
     if args.check or any(isinstance(data, list) for data in inputs):
         network = inception(args.weights, args.dims, args.seed).to(args.device)
-    if args.check:
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+    if args.check and rank == 0:
         found = [f"{len(data)} images" if isinstance(data, list) else "statistics" for data in inputs]
         found = [f"{path}: {what}" for path, what in zip(paths, found, strict=True)]
         print("; ".join([f"all is well: weights {args.weights}, column {column}", *found]))
+    if args.check:
         return
+    if processes > 1:
+        dist.init_process_group("gloo")
     for k, path in enumerate(paths):
         if isinstance(inputs[k], list):
             inputs[k] = statistics(inputs[k], network, args.batch_size, args.workers, args.cache, name=path)
+    if processes > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     if args.save:
         save_statistics(args.save, *inputs[0])
     if len(inputs) == 2:
@@ -473,6 +498,8 @@ def main():
             text = text.rpartition(f"\n{type(error).__name__}: ")[2]
         fail(text)
     except RuntimeError as error:
+        if dist.is_initialized() and any(words in str(error) for words in ("Connection", "gloo")):
+            fail("another process of this run stopped; its message says why")
         if not any(words in str(error) for words in ("allocate memory", "DataLoader worker", "shared memory")):
             raise
         fail(f"not enough memory: choose a smaller --batch-size than {args.batch_size}, or fewer --workers than {args.workers}")

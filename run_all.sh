@@ -10,6 +10,7 @@
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
 #   SEED               (0)
 #   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
+#   NPROC              processes a stage, by torchrun: one a GPU; batch sizes are per process (1)
 #   EXCLUDE            a file with names of frames to leave out, one a line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; real data: published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
@@ -59,7 +60,8 @@ set_up "$HERE/requirements.txt"
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
-METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1}
+METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1} NPROC=${NPROC:-1}
+case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
 case $ITERATIONS_SCALE in '' | . | *[!0-9.]* | *.*.*) fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed" ;; esac
 for method in $METHODS; do
     case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS has $method: cyclegan, cut, fastcut, fastcut_l5" ;; esac
@@ -105,6 +107,11 @@ run() {
     "$PYTHON" "$HERE/$1" "${@:2}" &
     wait $!
 }
+run_on_all() { # the same in NPROC processes
+    if [ "$NPROC" = 1 ]; then run "$@"; return; fi
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$HERE/$1" "${@:2}" &
+    wait $!
+}
 stop() { # EXIT_STATUS
     trap '' TERM INT HUP
     local child
@@ -118,23 +125,23 @@ name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo
 photos_of() { if [ -d "$1/images" ]; then echo "$1/images"; else echo "$1/leftImg8bit/train"; fi; }
 
 train_translator() { # METHOD [ARG...]
-    run train_translator.py --source "$SOURCE" --target "$TARGET" --out "$OUT/translators/$1" --method "$1" \
+    run_on_all train_translator.py --source "$SOURCE" --target "$TARGET" --out "$OUT/translators/$1" --method "$1" \
         --iterations "$(scaled $translate)" "${common[@]}" "${translator[@]}" "${@:2}"
 }
 train_segmenter() { # NAME DATA ITERATIONS [ARG...]
-    run train_segmenter.py --data "$2" --out "$OUT/segmenters/$1" --iterations "$(scaled "$3")" \
+    run_on_all train_segmenter.py --data "$2" --out "$OUT/segmenters/$1" --iterations "$(scaled "$3")" \
         "${common[@]}" "${segmenter[@]}" "${@:4}"
 }
 adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
-    run adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --segmenter "$OUT/segmenters/fastcut_l5" \
+    run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --segmenter "$OUT/segmenters/fastcut_l5" \
         --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
 }
 evaluate() { # MODEL NAME
-    run evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
+    run_on_all evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
         --out "$OUT/results/table2.csv" --workers $workers --skip-done "${exclude[@]}"
 }
 distance() { # MODEL FOLDER
-    run fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" --workers $workers \
+    run_on_all fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" --workers $workers \
         --name "$1" --out "$OUT/results/distances.csv" "${exclude[@]}"
 }
 
@@ -183,7 +190,7 @@ for method in $METHODS; do
     title "Stage 1: $model, the translator"
     train_translator "$method"
     title "Stage 2: the source set through $model"
-    run translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
+    run_on_all translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
         --workers $workers "${exclude[@]}"
     distance "$model" "$OUT/translated/$method/images"
     title "Stage 3: the task model on $model's translations"

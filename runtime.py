@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -47,10 +48,14 @@ def run_script(main):
     (FloatingPointError) or lacks memory. CLADA_TRACEBACK=1 in the environment shows where it came from.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's: what all processes would say, the first one says
+        logging.disable()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -204,6 +209,10 @@ def autocast(device, precision):
 def join_processes(device):
     """Under torchrun: meet the other processes. All but the first keep silent on stdout from here on."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            # Restarted processes find the addresses of their dead predecessors in it, and wait for them for half an hour.
+            raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if not is_first():
             sys.stdout = open(os.devnull, "w")
@@ -222,32 +231,62 @@ def is_first():
     return rank() == 0
 
 
-def averaged(tensor):
-    """The mean over all processes of a tensor, which is overwritten by it."""
+def summed(tensor):
+    """The sum over all processes of a tensor, which is overwritten by it."""
     if processes() > 1:
         dist.all_reduce(tensor)
-        tensor /= processes()
     return tensor
 
 
+def averaged(tensor):
+    """The mean over all processes of a tensor, which is overwritten by it."""
+    return summed(tensor).div_(processes())
+
+
+def shard(items):
+    """This process's part of a list: every n-th item, so that parts are even and none depends on what is done already."""
+    return items[rank() :: processes()]
+
+
+def wait():
+    """Until all processes are here. On the CPU, which does not keep a GPU waiting."""
+    summed(torch.zeros(1))
+
+
+def synchronised(network, device):
+    """A network whose BatchNorm, in training, takes its statistics from the batches of all processes; on CUDA alone (torch)."""
+    if processes() > 1 and device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
 def adam(parameters, lr, betas=(0.9, 0.999)):
-    """torch's Adam, before each of whose steps the gradients of all processes are averaged.
-
-    In one kernel a step instead of a dozen small ones a parameter (`fused`); the CPU gains most.
-    """
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
-    optimizer.register_step_pre_hook(_average_gradients)
-    return optimizer
+    """torch's Adam, in one kernel a step instead of a dozen small ones a parameter (`fused`); the CPU gains most."""
+    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
 
 
-def _average_gradients(optimizer, *_):
-    # At the step and not, as DistributedDataParallel does, during the backward pass: a step of CUT runs one network
-    # several times, switches another one's gradients off, and calls more than forward().
+def update(optimizer, loss):
+    """One step of an optimiser down the gradient of its loss, which is averaged over all processes as it is computed."""
     if processes() > 1:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = averaged(torch.cat([gradient.flatten() for gradient in gradients]))  # one exchange, not hundreds
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        loss = _averaging(optimizer)(loss)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _averaging(optimizer):
+    """DistributedDataParallel around an optimiser's parameters and a module that passes a loss on.
+
+    Not around the networks: a step of CUT runs one network several times, calls more than its forward(), and takes
+    gradients through a discriminator that are not the discriminator's. Made anew when parameters are frozen or thawed.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    held = [id(p) for p in trained]
+    if getattr(optimizer, "held", None) != held:
+        passes = torch.nn.Identity()
+        passes.held = torch.nn.ParameterList(trained)
+        optimizer.held, optimizer.averaging = held, DistributedDataParallel(passes, init_sync=False)
+    return optimizer.averaging
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +295,12 @@ def _average_gradients(optimizer, *_):
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
 FREE_ARGUMENTS = {"out", "device", "workers", "log_every", "save_every", "check", "restart", "exclude"}
+
+
+def _quoted(value):
+    """What a file holds, and may be anything, as a part of a message."""
+    text = files.one_line(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 class Run:
@@ -282,7 +327,7 @@ class Run:
         self.args.script, path = Path(sys.argv[0]).name, self.out / "args.json"
         self.stored = files.read_json(path) if path.is_file() else {}
         if self.stored.get("script", self.args.script) != self.args.script:
-            raise ValueError(f"--out {self.out}: holds a run of {self.stored['script']}; give another folder")
+            raise ValueError(f"{path}: holds a run of {_quoted(self.stored['script'])}; give another --out")
         if self.args.restart:
             self.stored = {}
 
@@ -290,7 +335,7 @@ class Run:
         """Raises ValueError if the run was begun with arguments, or with data, that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
         changed = [
-            f"--{key.replace('_', '-')} (was {files.one_line(self.stored[key])}, is now {files.one_line(value)})"
+            f"--{key.replace('_', '-')} (was {_quoted(self.stored[key])}, is now {_quoted(value)})"
             for key, value in self.arguments.items()
             if key in self.stored and key not in FREE_ARGUMENTS and self.stored[key] != value
         ]
@@ -322,7 +367,7 @@ class Run:
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
             files.clear_parts(self.out / "samples")
-        self.wait()
+        wait()
         if self.checkpoint.is_file():
             self._load()
         if is_first():
@@ -402,11 +447,6 @@ class Run:
         """How many samples all processes take in all iterations."""
         return self.args.iterations * self.args.batch_size * processes()
 
-    def wait(self):
-        """Until all processes are here."""
-        if processes() > 1:
-            dist.barrier()
-
     def log(self, losses, **values):
         """Losses (scalar tensors) are averaged until the next row of log.csv, without waiting for the device; values
         (learning rates, counts) go there as they are."""
@@ -479,12 +519,8 @@ class Run:
 
     def finish(self, weights, **summary):
         """Write summary.json and, last, weights.pt: the sign that the run is finished."""
-        self.wait()
-        if processes() > 1:
-            is_writer = is_first()
-            dist.destroy_process_group()
-            if not is_writer:
-                return
+        if not is_first():
+            return
         times = [float(row["seconds_per_iteration"]) for row in self.rows] or [0.0]
         summary |= {
             "iterations": self.iteration,

@@ -52,9 +52,7 @@ def training_step(segmenter, optimizer, images, labels, autocast):
     with autocast:
         logits = segmenter(images)
     loss = segmentation_loss(logits, labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    runtime.update(optimizer, loss)
     return logits, loss
 
 
@@ -68,7 +66,7 @@ def main():
     data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     weights = None if args.encoder_weights == "none" else args.encoder_weights
-    segmenter = models.UNet(len(data.CLASSES), args.encoder, weights)
+    segmenter = runtime.synchronised(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
     run.restore(frames={"data": frames}, segmenter=segmenter, optimizer=optimizer)

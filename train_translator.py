@@ -64,13 +64,6 @@ def learning_rate(iteration, iterations, base):
     return base * min(1.0, (iterations - iteration) / (iterations - half))
 
 
-def update(optimizer, loss):
-    """One step of an optimiser down the gradient of its loss."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
 def discriminator_loss(discriminator, real, fake, kind):
     """Equation 1 as D sees it, halved as Zhu et al. 2017 to slow D relative to G; no gradient reaches the generator."""
     return (gan_loss(discriminator(real), True, kind) + gan_loss(discriminator(fake.detach()), False, kind)) / 2
@@ -98,7 +91,7 @@ class ContrastiveTranslation:
         with autocast:
             fake, features_x = G(x, return_features=True)
             loss_D = discriminator_loss(D, y, fake, args.gan_loss)
-        update(self.opt_D, loss_D)
+        runtime.update(self.opt_D, loss_D)
 
         D.requires_grad_(False)
         with autocast:
@@ -111,7 +104,7 @@ class ContrastiveTranslation:
                 identity, features_y = G(y, return_features=True)
                 losses["nce_y"] = self.patch_nce(features_y, G.encode(identity))
                 loss_G = loss_G + args.lambda_y * losses["nce_y"]
-        update(self.opt_G, loss_G)
+        runtime.update(self.opt_G, loss_G)
         D.requires_grad_(True)
         return fake, {"D": loss_D} | losses
 
@@ -157,14 +150,14 @@ class CycleTranslation:
             if args.identity_weight > 0:
                 losses["identity"] = l1(G(y), y) + l1(G_back(x), x)
                 loss_G = loss_G + args.identity_weight * losses["identity"]
-        update(self.opt_G, loss_G)
+        runtime.update(self.opt_G, loss_G)
 
         for discriminator in (D_y, D_x):
             discriminator.requires_grad_(True)
         with autocast:
             loss_D = discriminator_loss(D_y, y, self.pool_y.exchange(fake_y.detach()), args.gan_loss)
             loss_D = loss_D + discriminator_loss(D_x, x, self.pool_x.exchange(fake_x.detach()), args.gan_loss)
-        update(self.opt_D, loss_D)
+        runtime.update(self.opt_D, loss_D)
         return fake_y, {"D": loss_D} | losses
 
 

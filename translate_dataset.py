@@ -7,9 +7,12 @@ size by nearest-exact, in GTA5's layout: OUT/images/NAME.png and OUT/labels/NAME
 is resumed by the same command.
 """
 
+import collections
 import hashlib
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +24,8 @@ import data
 import files
 import models
 import runtime
+
+WRITERS = 4  # threads: a frame's PNG takes a tenth of a second to encode, as long as three of a GPU's translations
 
 
 def parse_args():
@@ -90,11 +95,13 @@ def main():
     data.check_frames(frames, width)
 
     device = runtime.pick_device(args.device)
+    runtime.join_processes(device)
     generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
 
     # What the output depends on: a folder that was begun with something else is not gone on with.
-    lock = files.lock(args.out)  # noqa: F841 - held as long as the process lives
     begun = args.out / "args.json"
+    if runtime.is_first():
+        lock = files.lock(args.out)  # noqa: F841 - held as long as the process lives
     was = files.read_json(begun) if begun.is_file() else {}
     if not was and any((args.out / "images").glob("*")):
         raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
@@ -108,24 +115,38 @@ def main():
         raise ValueError(
             f"--out {args.out}: begun with another {changed}; give another --out, or --restart to throw away what is there"
         )
-    for folder in (args.out, args.out / "images", args.out / "labels"):
-        folder.mkdir(exist_ok=True)
-        files.clear_parts(folder)
-    if args.restart:
-        for frame in itertools.chain(*((args.out / part).glob("[!.]*.png") for part in ("images", "labels"))):
-            frame.unlink()
-    files.write_json(begun, facts)
+    runtime.wait()
+    if runtime.is_first():
+        prepare(args.out, facts, args.restart)
+    runtime.wait()
 
-    # Batches are cut before finished ones are left out: what stands beside a frame is the same in an interrupted run.
+    # Batches are cut, and dealt out to processes, before finished ones are left out: what stands beside a frame, and who
+    # translates it, is the same in an interrupted run.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
     done = set.intersection(*({path.stem for path in (args.out / part).glob("[!.]*.png")} for part in ("images", "labels")))
-    batches = [batch for batch in batches if not done.issuperset(frame.name for frame in batch)]
-    if not batches:
+    batches = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
+    if batches:
+        translate_batches(generator, batches, width, args, device, precision)
+    else:
         print(f"{args.out}: finished")
-        return
+    runtime.wait()  # for the lock's sake
+
+
+def prepare(out, facts, restart):
+    """The folders, without what a killed run or, with `restart`, any run before has left there."""
+    for folder in (out, out / "images", out / "labels"):
+        folder.mkdir(exist_ok=True)
+        files.clear_parts(folder)
+    if restart:
+        for frame in itertools.chain(*((out / part).glob("[!.]*.png") for part in ("images", "labels"))):
+            frame.unlink()
+    files.write_json(out / "args.json", facts)
+
+
+def translate_batches(generator, batches, width, args, device, precision):
+    """Write the translations of lists of frames, and their labels. Threads encode PNG files while the generator goes on."""
     left = [frame for batch in batches for frame in batch]
     check_disk(args.out, left, width)
-
     starts = itertools.accumulate(map(len, batches), initial=0)
     loader = DataLoader(
         ResizedPairs(left, width),
@@ -135,16 +156,27 @@ def main():
         collate_fn=list,  # frames differ in size
     )
     palette = [channel for color in _id_colours() for channel in color]
-    with tqdm(total=len(left), desc=str(args.out)) as bar:
+
+    def write(name, fake, label):
+        write_png(args.out / "labels" / f"{name}.png", label.numpy(), palette)
+        write_png(args.out / "images" / f"{name}.png", fake.numpy())  # last: it says that the pair is done
+
+    with (
+        tqdm(total=len(left), desc=str(args.out), disable=not runtime.is_first()) as bar,
+        ThreadPoolExecutor(WRITERS) as pool,
+    ):
+        written = collections.deque()
         for batch in loader:
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 images = torch.stack(images).to(device)
-                fakes = translate(generator, images, runtime.autocast(device, precision)).permute(0, 2, 3, 1).cpu().numpy()
-                for name, fake, label in zip(names, fakes, labels, strict=True):
-                    write_png(args.out / "labels" / f"{name}.png", label.numpy(), palette)
-                    write_png(args.out / "images" / f"{name}.png", fake)  # last: it says that the pair is done
+                fakes = translate(generator, images, runtime.autocast(device, precision)).permute(0, 2, 3, 1).cpu()
+                written.extend(map(partial(pool.submit, write), names, fakes, labels))
+            while len(written) > 4 * WRITERS:  # few wait in memory, and what cannot be written is known soon
+                written.popleft().result()
             bar.update(len(batch))
+        for pair in written:
+            pair.result()
 
 
 def _id_colours():

@@ -1,4 +1,7 @@
-"""What a run survives: stops after any step, kills while files are written, full disks, a second process, divergence."""
+"""What a run survives: stops after any step, kills while files are written, full disks, a second process, divergence.
+
+Several processes under torchrun are in test_processes.py.
+"""
 
 import json
 import os
@@ -155,24 +158,6 @@ def test_run_all_passes_a_signal_on(pair, tmp_path):
     saved = torch.load(log.with_name("checkpoint.pt"), weights_only=True)
     assert saved["iteration"] >= 1  # the trainer had the signal, and saved; its paper's 120,000 steps are far
     files.lock(log.parent).close()  # and is gone
-
-
-@pytest.mark.parametrize(
-    "kind", ["cyclegan", "adaptation", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut", "segmenter"))]
-)
-def test_two_processes_are_resumed_exactly(pair, segmenter, tmp_path, watched, kind):
-    """Under torchrun; each has an image pool of its own."""
-    module, words = stage(kind, pair, segmenter)
-    words = [*words, "--iterations", 8, "--log-every", 3, "--save-every", 2, "--workers", 0, "--out"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, module.__file__, *words]
-    assert run(sys.executable, *command, tmp_path / "a").returncode == 0
-    for kill in ("SIGKILL checkpoint.pt 2", "SIGTERM log.csv 1"):
-        assert run(sys.executable, *command, tmp_path / "b", **watched, KILL_AT=kill).returncode != 0
-    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["iteration"] == 3
-    alone = script(f"{module.__name__}.py", *words, tmp_path / "b")
-    assert alone.returncode == 2 and "--processes (was 2, is now 1)" in alone.stderr
-    assert run(sys.executable, *command, tmp_path / "b").returncode == 0
-    assert_same_outputs(tmp_path / "a", tmp_path / "b")
 
 
 # --- a full disk, a folder that cannot be written, no memory
@@ -583,7 +568,7 @@ def test_twenty_kills_at_random_moments(pair, segmenter, tmp_path, kind):
 @pytest.mark.slow
 def test_two_thousand_steps_grow_nothing_but_the_log(pair, tmp_path):
     _, words = stage("cyclegan", pair)
-    words += ["--iterations", 2000, "--log-every", 10, "--save-every", 500, "--workers", 1, "--out", tmp_path / "a"]
+    words += ["--iterations", 2000, "--log-every", 10, "--save-every", 200, "--workers", 1, "--out", tmp_path / "a"]
     command = [sys.executable, str(ROOT / "train_translator.py"), *map(str, words)]
     process, seen = subprocess.Popen(command, stderr=subprocess.DEVNULL), []
     while process.poll() is None:
@@ -596,7 +581,6 @@ def test_two_thousand_steps_grow_nothing_but_the_log(pair, tmp_path):
     assert process.returncode == 0 and len(seen) > 10
     memory, handles, names = zip(*seen[:-1])
     print(f"resident set {min(memory) / 1024:.0f} to {max(memory) / 1024:.0f} MiB, {min(handles)} to {max(handles)} open files")
-    assert all(
-        {n for n in listed if not n.endswith(".part")} == {n for n in names[0] if not n.endswith(".part")} for listed in names
-    )
-    assert max(memory) < 1.05 * memory[0] and max(handles) <= handles[0] + 2
+    names = [{name for name in listed if not name.endswith(".part")} for listed in names]
+    assert all(listed - {"summary.json", "weights.pt"} == names[0] for listed in names), names[-1]  # which the end leaves
+    assert max(memory) < 1.05 * memory[0] and max(handles) <= min(handles) + 4  # a file being written

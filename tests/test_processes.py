@@ -1,0 +1,174 @@
+"""Under torchrun: many processes compute what one does with as large a batch, and leave the same files."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commands import MEASURED, ROOT, assert_same_outputs, run, script, table
+
+import fid
+import models
+
+SMALL = ["--device", "cpu", "--width", 128, "--crop-size", 64, "--workers", 0]
+KINDS = ("cut", "fastcut", "fastcut_l5", "cyclegan", "segmenter", "adaptation")
+
+# Trainers one after the other in one process, in float64 by plain descent: float32 rounds gradients to a hundredth where a
+# norm divides by next to nothing, and Adam makes full steps of gradients that are rounding alone, as those of biases before
+# a norm are. BatchNorm and drop-connect see a process's own images (torch synchronises BatchNorm on CUDA alone), and void
+# pixels do not weigh the same in every batch: these are off.
+DRIVER = """
+import importlib, json, sys
+import torch
+import data, models, runtime
+
+torch.set_default_dtype(torch.float64)
+data.to_unit, data.to_signed = lambda images: images.double() / 255, lambda images: images.double() / 127.5 - 1
+runtime.adam = lambda parameters, lr, betas=None: torch.optim.SGD(parameters, lr)
+data.TRAIN_IDS[data.TRAIN_IDS == data.VOID] = 0
+
+def train(self, mode=True):
+    torch.nn.Module.train(self, mode)
+    self.encoder._global_params = self.encoder._global_params._replace(drop_connect_rate=0)
+    for module in self.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return self
+
+models.UNet.train = train
+for name, words in json.loads(sys.argv[1]):
+    sys.argv = [f"{name}.py", *words]
+    importlib.import_module(name).main()
+    runtime.wait()
+"""
+
+# torchrun's own setting for many processes; convolutions on more threads sum in another order.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*words, nproc=2, restarts=0, **environment):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--max-restarts", restarts]
+    return run(sys.executable, *command, *words, **environment)
+
+
+def trainer(kind, pair, out, *words):
+    """The script's name and the arguments of a tiny run."""
+    domains = ["--source", pair / "source", "--target", pair / "target"]
+    if kind == "segmenter":
+        name, own = "train_segmenter", ["--data", pair / "source", "--encoder", "efficientnet-b0", "--encoder-weights", "none"]
+    elif kind == "adaptation":
+        name, own = "adapt_features", [*domains, "--segmenter", out / "segmenter", "--gate", 0]
+    else:
+        name, own = "train_translator", [*domains, "--method", kind, "--base-channels", 4]
+    return name, [*map(str, [*own, *SMALL, *words, "--out", out / kind])]
+
+
+def test_two_processes_are_one_with_twice_the_batch(pair, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    for name, batch, start in (("one", 2, run), ("two", 1, torchrun)):
+        words = ("--iterations", 10, "--batch-size", batch, "--log-every", 5, "--precision", "fp32", "--lr", 1e-5)
+        frozen = ("--freeze-iterations", 4)
+        todo = [trainer(kind, pair, tmp_path / name, *words, *(frozen * (kind == "segmenter"))) for kind in KINDS]
+        command = [sys.executable] if start is run else []
+        result = start(*command, tmp_path / "driver.py", json.dumps(todo), PYTHONPATH=str(ROOT), **ONE_THREAD)
+        assert result.returncode == 0, result.stderr
+    for kind in KINDS:
+        one, two = (torch.load(tmp_path / name / kind / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+        assert one["iteration"] == two["iteration"] == 10
+        for part, state in one["state"].items():
+            if not part.startswith(("opt", "pool", "gate")):
+                for key, expected in state.items():
+                    difference = (two["state"][part][key] - expected).abs().max()
+                    assert difference <= 1e-12, (kind, part, key, difference)
+        logs = [table(tmp_path / name / kind / "log.csv") for name in ("one", "two")]
+        for a, b in zip(*logs, strict=True):
+            for column in a.keys() - MEASURED:
+                assert float(a[column]) == pytest.approx(float(b[column]), rel=2e-6), (kind, column)
+
+
+@pytest.fixture(scope="module")
+def trained(pair, tmp_path_factory):
+    """A translator and a segmenter after a step, whose networks are then made lively: large weights."""
+    out = tmp_path_factory.mktemp("trained")
+    for kind in ("cut", "segmenter"):
+        name, words = trainer(kind, pair, out, "--iterations", 1)
+        result = script(f"{name}.py", *words)
+        assert result.returncode == 0, result.stderr
+        network = models.load_network(out / kind / "weights.pt")
+        for p in network.head.parameters():
+            torch.nn.init.normal_(p)
+        torch.save(models.network_state(network), out / kind / "weights.pt")
+    return out
+
+
+def test_stage_2_in_two_processes_writes_the_same_bytes(pair, trained, tmp_path):
+    words = ["--source", pair / "source", "--translator", trained / "cut", "--workers", 0, "--device", "cpu", "--out"]
+    one = script("translate_dataset.py", *words, tmp_path / "one", **ONE_THREAD)
+    assert one.returncode == 0, one.stderr
+    (tmp_path / "two").mkdir()
+    for part in ("images", "labels", "args.json"):  # half of it done by one process, as if it had been stopped
+        copy = shutil.copy if part.endswith("json") else shutil.copytree
+        copy(tmp_path / "one" / part, tmp_path / "two" / part)
+    for lost in sorted((tmp_path / "two" / "images").iterdir())[1:]:
+        lost.unlink()
+    result = torchrun(ROOT / "translate_dataset.py", *words, tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 2 * 4
+
+
+def test_scores_in_two_processes_are_the_same(pair, trained, tmp_path):
+    words = ["--segmenter", trained / "segmenter", "--data", pair / "source", "--workers", 0, "--device", "cpu", "--name", "A"]
+    outs = [["--out", tmp_path / name / "t.csv", "--save-predictions", tmp_path / name / "p"] for name in ("one", "two")]
+    assert script("evaluate.py", *words, *outs[0], **ONE_THREAD).returncode == 0
+    result = torchrun(ROOT / "evaluate.py", *words, *outs[1])
+    assert result.returncode == 0 and result.stdout.count("A: mIoU") == 1, result.stderr
+    assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 4
+
+
+def test_fid_in_two_processes_is_the_same(pair, tmp_path):
+    folders = [pair / "source" / "images", pair / "target" / "leftImg8bit" / "train"]
+    words = [*folders, "--weights", "random", "--dims", 192, "--batch-size", 2, "--workers", 0, "--device", "cpu"]
+    one = script("fid.py", *words, "--save", tmp_path / "one.npz", **ONE_THREAD)
+    two = torchrun(ROOT / "fid.py", *words, "--save", tmp_path / "two.npz", "--cache", tmp_path / "cache")
+    again = torchrun(ROOT / "fid.py", *words, "--cache", tmp_path / "cache")
+    assert one.stdout == two.stdout == again.stdout and "192" in one.stdout, two.stderr
+    for a, b in zip(*(fid.load_statistics(tmp_path / f"{name}.npz") for name in ("one", "two")), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["cyclegan", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "cyclegan")])
+def test_a_process_that_dies_ends_the_run_and_torchrun_resumes_it(pair, trained, tmp_path, watched, kind):
+    """Each process has an image pool of its own. The first one is killed as it saves: what it saved before is intact."""
+    if kind == "adaptation":
+        for name in "ab":
+            shutil.copytree(trained / "segmenter", tmp_path / name / "segmenter")
+    runs = [trainer(kind, pair, tmp_path / name, "--iterations", 8, "--log-every", 3, "--save-every", 2) for name in "ab"]
+    (name, whole), (_, killed) = runs
+    assert torchrun(ROOT / f"{name}.py", *whole).returncode == 0
+    kill = {"KILL_AT": "SIGKILL checkpoint.pt 2", **watched}
+    dead = torchrun(ROOT / f"{name}.py", *killed, **kill)
+    assert dead.returncode != 0 and "SIGKILL" in dead.stderr
+    assert torch.load(tmp_path / "b" / kind / "checkpoint.pt", weights_only=True)["iteration"] == 2
+    alone = script(f"{name}.py", *killed)
+    assert alone.returncode == 2 and "--processes (was 2, is now 1)" in alone.stderr
+    refused = torchrun(ROOT / f"{name}.py", *killed, restarts=3)
+    assert refused.returncode != 0 and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in refused.stderr
+    kill |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    resumed = torchrun(ROOT / f"{name}.py", *killed, restarts=3, **kill)  # dies at 6 and at 8
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_outputs(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_run_all_in_two_processes(pair, tmp_path):
+    small = "--batch-size 1 --crop-size 64 --width 128 --workers 0 --log-every 1 --device cpu"
+    settings = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "OUT": str(tmp_path), "PYTHON": sys.executable}
+    settings |= {"NPROC": "2", "FID_WEIGHTS": "random", "ITERATIONS_SCALE": "0.00001", "ADAPT_ARGS": small}
+    settings |= {"TRANSLATOR_ARGS": f"--base-channels 4 {small}", "METHODS": "cut fastcut_l5"}
+    settings |= {"SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none {small}"}
+    result = run("bash", ROOT / "run_all.sh", **settings)
+    assert result.returncode == 0, result.stderr
+    assert len(table(tmp_path / "results" / "table2.csv")) == 6
+    assert all(json.loads(path.read_text())["processes"] == 2 for path in tmp_path.glob("*ers/*/args.json"))
