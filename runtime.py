@@ -189,6 +189,15 @@ def pick_device(name):
     return device
 
 
+def translator_layout(device):
+    """The memory format in which a translator's step is fastest: channels_last on GPUs and on CPUs with AVX-512.
+
+    With AVX2 alone oneDNN takes twice as long for the weight gradient of a 3x3 convolution in channels_last.
+    """
+    slow = device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    return torch.contiguous_format if slow else torch.channels_last
+
+
 def pick_precision(name, device):
     """--precision -> "fp32" or "bf16"; auto is bf16 only where the hardware computes it, not where it is emulated."""
     if name != "auto":

@@ -128,7 +128,7 @@ def translator_step(method, precision, device, size):
     """A function that takes one step: precision is fp32, bf16 or textbook."""
     plain = precision == "textbook"
     translation = translator(method, device, plain)
-    layout = torch.contiguous_format if plain else torch.channels_last
+    layout = torch.contiguous_format if plain else runtime.translator_layout(device)
     x, y = ((torch.rand(1, 3, size, size, device=device) * 2 - 1).contiguous(memory_format=layout) for _ in range(2))
     if plain and method != "cyclegan":
         return lambda: textbook_step(translation, x, y)
