@@ -70,7 +70,8 @@ def compare(contenders, ratios, repeats, device, unit="ms"):
     factor = {"ms": 1e3, "s": 1}[unit]
     for name, taken in times.items():
         low, middle, high = (factor * f(taken) for f in (min, statistics.median, max))
-        row(name, f"{middle:.4g}", f"{low:.4g} to {high:.4g}")
+        digits = 0 if low > 99 else 2
+        row(name, f"{middle:.{digits}f}", f"{low:.{digits}f} to {high:.{digits}f}")
         for other in ratios.get(name, ()):
             ratio = statistics.median(a / b for a, b in zip(taken, times[other], strict=True))
             row(f"    of {other}", f"x {ratio:.3f}")
@@ -204,8 +205,7 @@ def draw(out, size, source, target):
     return out / "source", out / "target"
 
 
-def translation(args, device):
-    frames = 12
+def translation(args, device, frames=12):
     title(f"Stage 2, {frames} frames at width 1024, 64 channels", "median, s", "range")
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
@@ -228,7 +228,9 @@ def translation(args, device):
         def stage_2():
             words = ["--source", source, "--translator", work / "run", "--out", work / "out", "--restart", "--workers", 2]
             words += ["--device", device, "--precision", precision]
-            subprocess.run([sys.executable, ROOT / "translate_dataset.py", *map(str, words)], check=True)
+            subprocess.run(
+                [sys.executable, ROOT / "translate_dataset.py", *map(str, words)], check=True, stderr=subprocess.DEVNULL
+            )
 
         name = f"translate_dataset.py {precision}, start and end included"
         compare(
