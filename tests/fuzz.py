@@ -146,7 +146,7 @@ def trained():
         run.restore(**state)
         for _, batch in run.iterations(torch.rand(3, 3)):
             loss = state["G"](torch.cat([batch, -batch])).square().mean()
-            train_translator.update(state["opt_G"], loss)
+            runtime.update(state["opt_G"], loss)
             state["pool_y"].exchange(torch.rand(1, 3, 4, 4))
             state["gate"].opens(torch.tensor(0.7))
             run.log({"G_gan": loss, "D": loss}, lr=0.1)
