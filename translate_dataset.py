@@ -25,7 +25,7 @@ import files
 import models
 import runtime
 
-WRITERS = 4  # threads: a frame's PNG takes a tenth of a second to encode, as long as three of a GPU's translations
+WRITERS = 4  # threads that encode and write PNG files, which a GPU would otherwise wait for (ours)
 
 
 def parse_args():
