@@ -3,16 +3,18 @@
 #
 #   bash run_all.sh                                        # a drawn pair of domains, minutes, no GPU needed
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
+#   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's small networks and short training on them
 #   bash run_all.sh test                                   # the tests
 #
 # Run again, it skips what is finished and goes on with what is not. Variables, all optional:
-#   OUT                where everything goes (runs/demo, with real data runs/paper)
+#   SETTINGS           paper or demo (demo without SOURCE and TARGET, paper with them)
+#   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/small)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
 #   SEED               (0)
 #   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
 #   NPROC              processes a stage, by torchrun: one a GPU; batch sizes are per process (1)
 #   EXCLUDE            a file with names of frames to leave out, one a line
-#   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; real data: published)
+#   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; paper: published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
 #   PYTHON             the Python to use as it is, without any set-up
 set -euo pipefail
@@ -69,26 +71,32 @@ done
 scaled() { LC_ALL=C awk -v n="$1" -v s="$ITERATIONS_SCALE" 'BEGIN { v = int(n * s + 0.5); print v < 1 ? 1 : v }'; }
 
 if [ -z "${SOURCE:-}${TARGET:-}" ]; then
-    # The demo: everything smaller, for two cores in 20 minutes. Source Only and Oracle get as many steps as CLADA in all.
-    OUT=${OUT:-runs/demo} FID_WEIGHTS=${FID_WEIGHTS:-random}
-    translate=450 segment=260 adapt=60
-    bounds=$((segment + adapt))
-    frames=(--source-count 160 --target-count 100 --val-count 40)
-    common=(--workers 0 --log-every 10)
-    translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --save-every 150)
-    small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
-    segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
-    adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
-    workers=0
+    SETTINGS=${SETTINGS:-demo} OUT=${OUT:-runs/demo}
+    [ "$SETTINGS" = demo ] || fail "SETTINGS is $SETTINGS: without SOURCE and TARGET it can only be demo"
 else
     [ -n "${SOURCE:-}" ] && [ -n "${TARGET:-}" ] || fail "SOURCE and TARGET are two data sets: one without the other is no use"
-    # The paper: every setting is the scripts' default.
-    OUT=${OUT:-runs/paper} FID_WEIGHTS=${FID_WEIGHTS:-published}
-    translate=400000 segment=120000 adapt=20000
-    bounds=$segment
-    common=() translator=() segmenter=() adapter=()
-    workers=4
+    SETTINGS=${SETTINGS:-paper}
+    if [ "$SETTINGS" = paper ]; then OUT=${OUT:-runs/paper}; else OUT=${OUT:-runs/small}; fi
 fi
+case $SETTINGS in
+    demo) # everything smaller, for two cores in 20 minutes; every task model of table 2 gets as many steps as CLADA in all
+        FID_WEIGHTS=${FID_WEIGHTS:-random}
+        translate=450 segment=320 adapt=60 start=clada_start
+        common=(--workers 0 --log-every 10)
+        translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --save-every 150)
+        small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
+        segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
+        adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
+        workers=0
+        ;;
+    paper) # every setting is the scripts' default; CLADA goes on from FastCUT-L5's task model
+        FID_WEIGHTS=${FID_WEIGHTS:-published}
+        translate=400000 segment=120000 adapt=20000 start=fastcut_l5
+        common=() translator=() segmenter=() adapter=()
+        workers=4
+        ;;
+    *) fail "SETTINGS is $SETTINGS: paper or demo" ;;
+esac
 common+=(--seed "$SEED")
 exclude=()
 if [ -n "${EXCLUDE:-}" ]; then
@@ -133,7 +141,7 @@ train_segmenter() { # NAME DATA ITERATIONS [ARG...]
         "${common[@]}" "${segmenter[@]}" "${@:4}"
 }
 adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
-    run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --segmenter "$OUT/segmenters/fastcut_l5" \
+    run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --segmenter "$OUT/segmenters/$start" \
         --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
 }
 evaluate() { # MODEL NAME
@@ -157,15 +165,15 @@ fi
 mkdir -p "$OUT/results" "$OUT/statistics"
 if [ -z "${SOURCE:-}" ]; then
     title "Stage 0: two domains are drawn"
-    run make_demo_data.py "$OUT/data" --seed "$SEED" "${frames[@]}"
+    run make_demo_data.py "$OUT/data" --seed "$SEED" --source-count 160 --target-count 100 --val-count 40
     SOURCE=$OUT/data/source TARGET=$OUT/data/target
 else
     title "Preflight: data, weights and disk, before anything long starts"
     run data.py "$TARGET" --split val "${exclude[@]}"
     [ -d "$TARGET/leftImg8bit/val" ] || fail "TARGET=$TARGET: no leftImg8bit/val there, which the evaluation needs"
     for method in $METHODS; do train_translator "$method" --check; done
-    train_segmenter source_only "$SOURCE" $bounds --check
-    train_segmenter oracle "$TARGET" $bounds --check
+    train_segmenter source_only "$SOURCE" $segment --check
+    train_segmenter oracle "$TARGET" $segment --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
         --name Source --out "$OUT/results/distances.csv" "${exclude[@]}"
@@ -177,10 +185,10 @@ else
 fi
 
 title "Stage 3: Source Only, the lower bound"
-train_segmenter source_only "$SOURCE" $bounds
+train_segmenter source_only "$SOURCE" $segment
 evaluate "Source Only" source_only
 title "Stage 3: Oracle, the upper bound"
-train_segmenter oracle "$TARGET" $bounds
+train_segmenter oracle "$TARGET" $segment
 evaluate Oracle oracle
 title "Distance of the source's frames to the target's"
 distance Source "$(photos_of "$SOURCE")"
@@ -199,7 +207,11 @@ for method in $METHODS; do
 done
 
 if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
-    title "Stage 4: CLADA, FastCUT-L5's task model fine-tuned against a feature discriminator"
+    if [ $start != fastcut_l5 ]; then
+        title "Stage 3: the task model that CLADA starts from, shorter by the steps of stage 4"
+        train_segmenter $start "$OUT/translated/fastcut_l5" $((segment - adapt))
+    fi
+    title "Stage 4: CLADA, the task model on FastCUT-L5's translations fine-tuned against a feature discriminator"
     adapt_features clada
     evaluate CLADA clada
     title "Stage 4: the control, the same fine-tuning without the adversary"

@@ -50,6 +50,7 @@ def run_script(main):
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's: what all processes would say, the first one says
         logging.disable()
+        sys.stdout = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
@@ -216,15 +217,13 @@ def autocast(device, precision):
 
 
 def join_processes(device):
-    """Under torchrun: meet the other processes. All but the first keep silent on stdout from here on."""
+    """Under torchrun: meet the other processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             # Restarted processes find the addresses of their dead predecessors in it, and wait for them for half an hour.
             raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        if not is_first():
-            sys.stdout = open(os.devnull, "w")
 
 
 def processes():

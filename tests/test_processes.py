@@ -124,6 +124,7 @@ def test_scores_in_two_processes_are_the_same(pair, trained, tmp_path):
     assert script("evaluate.py", *words, *outs[0], **ONE_THREAD).returncode == 0
     result = torchrun(ROOT / "evaluate.py", *words, *outs[1])
     assert result.returncode == 0 and result.stdout.count("A: mIoU") == 1, result.stderr
+    assert torchrun(ROOT / "evaluate.py", *words, *outs[1], "--skip-done").stdout.count("A: evaluated") == 1
     assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 4
 
 

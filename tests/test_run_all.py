@@ -250,11 +250,28 @@ def test_mistakes_get_one_line(name, words, message, pair, tmp_path):
         ({"SOURCE": "a"}, "one without the other"),
         ({"METHODS": "pix2pix"}, "METHODS has pix2pix"),
         ({"ITERATIONS_SCALE": "-1"}, "ITERATIONS_SCALE is -1"),
+        ({"SETTINGS": "paper"}, "without SOURCE and TARGET"),
+        ({"SOURCE": "a", "TARGET": "b", "SETTINGS": "large"}, "SETTINGS is large: paper or demo"),
     ],
 )
 def test_run_all_says_what_is_wrong(environment, message, tmp_path):
     result = run("bash", ROOT / "run_all.sh", PYTHON=sys.executable, OUT=str(tmp_path / "out"), **environment)
     assert result.returncode == 2 and message in result.stderr
+
+
+def test_the_demos_settings_on_given_data(pair, tmp_path):
+    """Every task model takes as many steps as CLADA does in all, with the steps before stage 4."""
+    given = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "SETTINGS": "demo", "METHODS": "fastcut_l5"}
+    environment = given | {"OUT": str(tmp_path), "PYTHON": sys.executable, "ITERATIONS_SCALE": "0.02"}
+    result = run("bash", ROOT / "run_all.sh", **environment)
+    assert result.returncode == 0, result.stderr
+    trained = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*ers/*/args.json")}
+    steps = {name: args["iterations"] for name, args in trained.items() if "method" not in args}
+    assert steps["clada"] == steps["control"] and steps["clada_start"] > 0
+    assert {steps[name] for name in ("source_only", "fastcut_l5", "oracle")} == {steps["clada_start"] + steps["clada"]}
+    assert trained["clada"]["segmenter"] == trained["control"]["segmenter"] == str(tmp_path / "segmenters" / "clada_start")
+    models = ["Source Only", "FastCUT-L5", "control", "CLADA", "Oracle"]
+    assert [row["model"] for row in table(tmp_path / "results" / "table2.csv")] == models
 
 
 def test_a_run_is_not_resumed_with_other_arguments(everything, pair):
