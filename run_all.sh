@@ -64,7 +64,7 @@ set_up "$HERE/requirements.txt"
 
 METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1} NPROC=${NPROC:-1}
 case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
-case $ITERATIONS_SCALE in '' | . | *[!0-9.]* | *.*.*) fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed" ;; esac
+[[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed"
 for method in $METHODS; do
     case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS has $method: cyclegan, cut, fastcut, fastcut_l5" ;; esac
 done

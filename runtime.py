@@ -14,12 +14,13 @@ anew at each, so that no state of a generator needs saving.
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import io
 import json
 import logging
 import os
-import resource
+import re
 import signal
 import statistics
 import sys
@@ -185,7 +186,9 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from error
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # crops have one size
+        if device.index is not None:
+            torch.cuda.set_device(device)  # NCCL's, and of what names none
+        torch.backends.cudnn.benchmark = True  # crops have one size, and whole frames few
         torch.backends.cudnn.allow_tf32 = True  # convolutions alone: PatchNCE's products need float32's digits
     return device
 
@@ -223,7 +226,8 @@ def join_processes(device):
         if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             # Restarted processes find the addresses of their dead predecessors in it, and wait for them for half an hour.
             raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # the slowest GPU may be hours behind
 
 
 def processes():
@@ -604,11 +608,12 @@ def _check_moments(optimizer):
 
 
 def _gathered(state):
-    """The states of all processes, in their order."""
-    states = [state] * processes()
-    if processes() > 1:
-        dist.all_gather_object(states, state)
-    return states
+    """The states of all processes, in their order; those of others on the CPU."""
+    if processes() == 1:
+        return [state]
+    states = [None] * processes()
+    dist.all_gather_object(states, bytes(torch_bytes(state)))  # tensors themselves would come back on the GPU they are from
+    return [torch.load(io.BytesIO(state), map_location="cpu", weights_only=True) for state in states]
 
 
 def _agreed(signals):
@@ -670,4 +675,5 @@ def peak_memory_mib(device):
     """Most memory in use so far, in MiB: tensors on a GPU, the whole process (resident set) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # getrusage's ru_maxrss begins with the peak of the process that started this one.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10

@@ -124,12 +124,15 @@ def main():
     # translates it, is the same in an interrupted run.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
     done = set.intersection(*({path.stem for path in (args.out / part).glob("[!.]*.png")} for part in ("images", "labels")))
-    batches = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
-    if batches:
-        translate_batches(generator, batches, width, args, device, precision)
-    else:
+    own = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
+    left = [frame for frame in frames if frame.name not in done]
+    if left:
+        check_disk(args.out, left, width)
+    if own:
+        translate_batches(generator, own, width, args, device, precision)
+    runtime.wait()
+    if not left:
         print(f"{args.out}: finished")
-    runtime.wait()  # for the lock's sake
 
 
 def prepare(out, facts, restart):
@@ -145,11 +148,10 @@ def prepare(out, facts, restart):
 
 def translate_batches(generator, batches, width, args, device, precision):
     """Write the translations of lists of frames, and their labels. Threads encode PNG files while the generator goes on."""
-    left = [frame for batch in batches for frame in batch]
-    check_disk(args.out, left, width)
+    frames = [frame for batch in batches for frame in batch]
     starts = itertools.accumulate(map(len, batches), initial=0)
     loader = DataLoader(
-        ResizedPairs(left, width),
+        ResizedPairs(frames, width),
         batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)],
         num_workers=args.workers,
         worker_init_fn=runtime.ignore_interrupts,
@@ -162,7 +164,7 @@ def translate_batches(generator, batches, width, args, device, precision):
         write_png(args.out / "images" / f"{name}.png", fake.numpy())  # last: it says that the pair is done
 
     with (
-        tqdm(total=len(left), desc=str(args.out), disable=not runtime.is_first()) as bar,
+        tqdm(total=len(frames), desc=str(args.out), disable=not runtime.is_first()) as bar,
         ThreadPoolExecutor(WRITERS) as pool,
     ):
         written = collections.deque()

@@ -8,7 +8,8 @@ Sections: translators, memory, segmenters, translation, loading, scores, fid. Wh
 while does not fool it. By hand, not by pytest; tests/requirements.txt brings pytorch-fid.
 
 The *textbook* step of a translator is float32 in the default memory layout, with torch's own instance norm and Adam as they
-come, and, for CUT and its kin, a second pass of the encoder over x for the positives.
+come, and, for CUT and its kin, a second pass of the encoder over x (CUT: and over y) for the positives. The textbook step of
+a task model is float32 in the default layout with torch's own Adam; the network is the same.
 """
 
 import argparse
@@ -112,6 +113,7 @@ def textbook_step(t, x, y):
     t.opt_D.zero_grad()
     ((gan(t.D(y), True) + gan(t.D(fake.detach()), False)) / 2).backward()
     t.opt_D.step()
+    t.D.requires_grad_(False)
     loss = gan(t.D(fake), True)
     for weight, real in ((t.args.lambda_x, x), (t.args.lambda_y, y)):
         if weight > 0:
@@ -123,6 +125,7 @@ def textbook_step(t, x, y):
     t.opt_G.zero_grad()
     loss.backward()
     t.opt_G.step()
+    t.D.requires_grad_(True)
 
 
 def translator_step(method, precision, device, size):
@@ -152,7 +155,8 @@ def translators(args, device):
 
 def peak_memory(method, precision, device, size):
     """MiB that a few steps of a method take at most, beyond what the process had before; for a process of its own."""
-    before = runtime.peak_memory_mib(device)
+    before = runtime.peak_memory_mib(runtime.pick_device(str(device)))
+    train_translator.POOL_SIZE = 2  # full at once; 50 images are 38 MiB a pool at 256x256
     step = translator_step(method, precision, device, size)
     for _ in range(3):
         step()
@@ -180,7 +184,8 @@ def segmenter_step(precision, device, adapts=False):
     if not adapts:
         return lambda: train_segmenter.training_step(F, opt_F, x, labels, runtime.autocast(device, precision))
     D = models.FeatureDiscriminator(F.feature_channels["decoder3"]).to(device)
-    opt_D, gate = runtime.adam(D.parameters(), lr=1e-4), adapt_features.Gate(0.0, device)
+    opt_D = torch.optim.Adam(D.parameters(), lr=1e-4) if plain else runtime.adam(D.parameters(), lr=1e-4)
+    gate = adapt_features.Gate(0.0, device)
     rest = (opt_F, opt_D, gate, (x, labels, y), "decoder3", 0.1, runtime.autocast(device, precision))
     return lambda: adapt_features.training_step(F, D, *rest)
 
@@ -206,7 +211,7 @@ def draw(out, size, source, target):
 
 
 def translation(args, device, frames=12):
-    title(f"Stage 2, {frames} frames at width 1024, 64 channels", "median, s", "range")
+    title(f"Stage 2, {frames} frames at width 1024, 64 channels, 2 turns", "median, s", "range")
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         source, _ = draw(work / "d", "1052x1914", frames, 1)
@@ -251,10 +256,10 @@ def loading(args, device):
         for workers in (0, *range(1, (os.cpu_count() or 1) + 1)):
             rates = []
             for _ in range(args.repeats):
-                count = 24 * max(1, workers)
+                count = 32 * max(1, workers)
                 crops = [data.Crops(frames, 1024, (400, 400), count, 0, stream) for stream, frames in enumerate(domains)]
                 loader = iter(DataLoader(StackDataset(*crops), num_workers=workers))
-                for _ in range(8):  # processes are up
+                for _ in range(8 * max(1, workers)):  # processes are up
                     next(loader)
                 start = time.perf_counter()
                 left = sum(1 for _ in loader)
@@ -273,7 +278,7 @@ def plain_confusion(prediction, label):
 
 
 def scores(args, device):
-    title("Confusion matrix of a prediction of 2048x1024", "median, ms", "range")
+    title(f"Confusion matrix of a prediction of 2048x1024, {4 * args.repeats} turns", "median, ms", "range")
     label = torch.randint(19, (1024, 2048), dtype=torch.uint8)
     label[:128] = 255
     prediction = torch.randint(19, (1024, 2048))
@@ -288,7 +293,7 @@ def fid_section(args, device):
     import pytorch_fid.fid_score
     import pytorch_fid.inception
 
-    title("Frechet distance at 2048 dimensions", "median, s", "range")
+    title("Frechet distance at 2048 dimensions, 2 turns", "median, s", "range")
     rng = np.random.default_rng(0)
     gaussians = []
     for _ in range(2):
@@ -326,6 +331,9 @@ def fid_section(args, device):
         theirs = pytorch_fid.inception.InceptionV3([3]).to(device)
         own = fid.inception(Path(work) / "weights.pth").to(device)
         found = {}
+
+        torch.backends.cudnn.allow_tf32 = False  # as fid.py has it
+        torch.backends.cudnn.benchmark = False
 
         def pytorch_fids():
             found["theirs"] = pytorch_fid.fid_score.calculate_activation_statistics(paths, theirs, 32, 2048, device, 1)
@@ -372,7 +380,8 @@ def main():
         args.precisions = list(dict.fromkeys(("fp32", runtime.pick_precision("auto", device))))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     where += f", {torch.backends.cpu.get_cpu_capability()}"
-    print(f"torch {torch.__version__}, {device} ({where}); {args.repeats} turns; precisions: {', '.join(args.precisions)}")
+    print(f"torch {torch.__version__}, {device} ({where}); precisions: {', '.join(args.precisions)}; ", end="")
+    print(f"{args.repeats} turns, where a title says no other number")
     for name in args.sections or SECTIONS:
         SECTIONS[name](args, device)
 

@@ -3,8 +3,8 @@
     python tests/study.py runs/study --seeds 0 1 2 3 4 --baseline-seeds 0 1 2
     SETTINGS=demo SOURCE=day TARGET=dusk python tests/study.py runs/study_dusk --seeds 0 1 2
 
-The variables of run_all.sh pass through, but for OUT, SEED and METHODS. OUT/seedN is what run_all.sh leaves for a seed, and
-OUT/seedN.log what it said; finished seeds are skipped, an unfinished one goes on, and more seeds may be asked for later.
+The variables of run_all.sh pass through, but for OUT, SEED, METHODS and PYTHON. OUT/seedN is what run_all.sh leaves for a
+seed, OUT/seedN.log what it said. A finished seed takes a minute, an unfinished one goes on, and more may be asked for later.
 CycleGAN and CUT, which take most of the time, are trained for --baseline-seeds alone. Written anew after each seed, from all
 that OUT holds: OUT/study.csv, a row a seed and model, and OUT/study.png, a dot a seed and a bar for the mean.
 
@@ -14,7 +14,6 @@ are over seeds, with n - 1. The demo draws its frames from the seed, too; a real
 
 import argparse
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -51,11 +50,11 @@ def run_seed(out, seed, methods, threads):
 def read_seeds(out):
     """Rows of study.csv from every table 2 below OUT, by seed and then in table 2's order."""
     rows = []
-    tables = {int(re.fullmatch(r"seed(\d+)", p.parts[-3])[1]): p for p in out.glob("seed[0-9]*/results/table2.csv")}
-    for seed, path in sorted(tables.items()):
-        table = evaluate.read_table(path)
+    tables = {path.parts[-3].removeprefix("seed"): path for path in out.glob("seed*/results/table2.csv")}
+    for seed in sorted(filter(str.isdigit, tables), key=int):
+        table = evaluate.read_table(tables[seed])
         for model in (name for name in evaluate.MODELS if name in table):
-            row = {"seed": str(seed), "model": model, **{mean: table[model][mean] for mean in evaluate.MEANS}, "recovered": ""}
+            row = {"seed": seed, "model": model, **{mean: table[model][mean] for mean in evaluate.MEANS}, "recovered": ""}
             if "Source Only" in table and "Oracle" in table:
                 gaps = evaluate.table3(table["Source Only"], table[model], table["Oracle"])
                 row["recovered"] = gaps[-1]["recovered"]
@@ -64,9 +63,8 @@ def read_seeds(out):
 
 
 def spread_of(values):
-    """ "mean ± deviation" of some numbers."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+    """ "mean ± deviation" of some numbers, of one number itself."""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def models_table(rows):
@@ -158,8 +156,10 @@ def main():
             failed += [seed] if status else []
             report(args.out)
     rows = report(args.out)
-    evaluate.print_table("Mean and deviation over seeds, percent", models_table(rows))
-    evaluate.print_table("The same seed, one model less another, mIoU", pairs_table(rows))
+    titles = "Mean and deviation over seeds, percent", "The same seed, one model less another, mIoU"
+    for title, table in zip(titles, (models_table(rows), pairs_table(rows)), strict=True):
+        if table:
+            evaluate.print_table(title, table)
     sys.exit(1 if failed else 0)
 
 
