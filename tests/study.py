@@ -12,8 +12,8 @@ that OUT holds: OUT/study.csv, a row a seed and model, and OUT/study.png, a dot 
 are over seeds, with n - 1. The demo draws its frames from the seed, too; a real pair is always the same.
 """
 
-import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,13 +38,17 @@ BASELINES = ("cyclegan", "cut")
 PAIRS = (("FastCUT-L5", "Source Only"), ("FastCUT-L5", "CycleGAN"), ("CLADA", "FastCUT-L5"), ("CLADA", "control"))
 
 
-def run_seed(out, seed, methods, threads):
-    """One run_all.sh -> its exit status."""
+def run_seed(out, seed, methods, threads, running):
+    """One run_all.sh -> its exit status. It stands in the list `running` for as long as it does."""
     environment = {"OUT": str(out / f"seed{seed}"), "SEED": str(seed), "METHODS": " ".join(methods), "PYTHON": sys.executable}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     with open(out / f"seed{seed}.log", "a") as log:
-        return subprocess.run(["bash", ROOT / "run_all.sh"], env=os.environ | environment, stdout=log, stderr=log).returncode
+        process = subprocess.Popen(["bash", ROOT / "run_all.sh"], env=os.environ | environment, stdout=log, stderr=log)
+        running.append(process)
+        process.wait()
+        running.remove(process)
+    return process.returncode
 
 
 def read_seeds(out):
@@ -70,8 +74,10 @@ def spread_of(values):
 def models_table(rows):
     """A row a model: mean and deviation of each score over the seeds."""
     table = []
-    for model in dict.fromkeys(name for name in evaluate.MODELS if any(row["model"] == name for row in rows)):
+    for model in evaluate.MODELS:
         own = [row for row in rows if row["model"] == model]
+        if not own:
+            continue
         cells = {column: [float(row[column]) for row in own if row[column]] for column in COLUMNS}
         cells = {column: spread_of(values) if values else "" for column, values in cells.items()}
         table.append({"model": model, "seeds": str(len(own))} | cells)
@@ -125,7 +131,7 @@ def report(out):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the study; an unfinished one goes on")
     parser.add_argument("--seeds", type=runtime.seed, nargs="*", default=[0, 1, 2, 3, 4], help="(default 0 1 2 3 4)")
     parser.add_argument("--baseline-seeds", type=runtime.seed, nargs="*", help="with CycleGAN and CUT (default: all)")
@@ -144,18 +150,24 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     baseline_seeds = args.seeds if args.baseline_seeds is None else args.baseline_seeds
     threads = max(1, (os.cpu_count() or 1) // args.at_once) if args.at_once > 1 else None
-    failed = []
+    rows, failed, running = report(args.out), [], []
 
     def work(seed):
         methods = [*(BASELINES if seed in baseline_seeds else ()), "fastcut_l5"]
-        return run_seed(args.out, seed, methods, threads)
+        return run_seed(args.out, seed, methods, threads, running)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ThreadPoolExecutor(args.at_once) as pool:
-        for seed, status in zip(args.seeds, pool.map(work, args.seeds), strict=True):
-            print(f"seed {seed}: " + (f"failed, see {args.out / f'seed{seed}.log'}" if status else "done"), flush=True)
-            failed += [seed] if status else []
-            report(args.out)
-    rows = report(args.out)
+        try:
+            for seed, status in zip(args.seeds, pool.map(work, args.seeds), strict=True):
+                print(f"seed {seed}: " + (f"failed, see {args.out / f'seed{seed}.log'}" if status else "done"), flush=True)
+                failed += [seed] if status else []
+                rows = report(args.out)
+        except BaseException:  # Ctrl-C, too: what runs saves its work, and no other seed is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
     titles = "Mean and deviation over seeds, percent", "The same seed, one model less another, mIoU"
     for title, table in zip(titles, (models_table(rows), pairs_table(rows)), strict=True):
         if table:
@@ -164,4 +176,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run_script(main)

@@ -48,3 +48,10 @@ def test_a_study_has_mean_deviation_and_differences_of_its_seeds(out):
     assert f"{np.mean(recovered):.2f} ±" in printed
     assert "CLADA - control 1.00 ± 2.00 2 of 3" in printed and "FastCUT-L5 - CycleGAN 0.00 ± 1.41 1 of 2" in printed
     assert Image.open(out / "study.png").width > 600
+
+
+def test_a_broken_table_is_one_line(out):
+    path = out / "seed1" / "results" / "table2.csv"
+    path.write_text(path.read_text().replace("12.00", "twelve"))
+    result = run(sys.executable, ROOT / "tests" / "study.py", out, "--seeds")
+    assert result.returncode == 2 and "table2.csv" in result.stderr and result.stderr.count("\n") == 1
