@@ -3,9 +3,9 @@
     python tests/benchmark.py                                   # everything, a quarter of an hour on two cores
     python tests/benchmark.py translators --size 400 --device cuda
 
-Sections: translators, memory, segmenters, translation, loading, scores, fid. What a row is compared with runs in turn with it
-(A B C, A B C, ...), and a ratio is the median of the ratios within each turn, so that a machine that slows down for a
-while does not fool it. By hand, not by pytest; tests/requirements.txt brings pytorch-fid.
+Sections: translators, variants, memory, segmenters, translation, loading, scores, fid. What a row is compared with runs in
+turn with it (A B C, A B C, ...), and a ratio is the median of the ratios within each turn, so that a machine that slows down
+for a while does not fool it. By hand, not by pytest; tests/requirements.txt brings pytorch-fid.
 
 The *textbook* step of a translator is float32 in the default memory layout, with torch's own instance norm and Adam as they
 come, and, for CUT and its kin, a second pass of the encoder over x (CUT: and over y) for the positives. The textbook step of
@@ -111,10 +111,9 @@ def compare(contenders, ratios, repeats, device, unit="ms"):
 # Training steps
 
 
-def translator(method, device, plain=False):
+def translator(method, device, plain=False, words=()):
     """A translator's training, as train_translator.py makes it or plainly."""
-    words = ["--source", "", "--target", "", "--out", "", "--method", method]
-    args = train_translator.parse_args(words)
+    args = train_translator.parse_args(["--source", "", "--target", "", "--out", "", "--method", method, *words])
     kind = train_translator.CycleTranslation if method == "cyclegan" else train_translator.ContrastiveTranslation
     translation = kind(args, device)
     if plain:
@@ -156,10 +155,10 @@ def textbook_step(t, x, y):
     t.D.requires_grad_(True)
 
 
-def translator_step(method, precision, device, size):
-    """A function that takes one step: precision is fp32, bf16 or textbook."""
+def translator_step(method, precision, device, size, words=()):
+    """A function that takes one step: precision is fp32, bf16 or textbook; words: more of train_translator.py's."""
     plain = precision == "textbook"
-    translation = translator(method, device, plain)
+    translation = translator(method, device, plain, words)
     layout = torch.contiguous_format if plain else runtime.translator_layout(device)
     x, y = ((torch.rand(1, 3, size, size, device=device) * 2 - 1).contiguous(memory_format=layout) for _ in range(2))
     if plain and method != "cyclegan":
@@ -179,6 +178,15 @@ def translators(args, device):
             if method != "cyclegan":
                 ratios[name].append(f"cyclegan {precision}")
     compare(contenders, ratios, args.repeats, device)
+
+
+def variants(args, device):
+    title(f"Steps of FastCUT-L5 with other terms, {args.size}x{args.size}, batch 1, 64 channels", "median, ms", "range")
+    precision = args.precisions[-1]
+    contenders = {"fastcut_l5": translator_step("fastcut_l5", precision, device, args.size)}
+    for words in ("--lambda-x 10", "--num-patches 256", "--lambda-y 1", "--gan-loss vanilla"):
+        contenders[words] = translator_step("fastcut_l5", precision, device, args.size, words.split())
+    compare(contenders, {words: ["fastcut_l5"] for words in list(contenders)[1:]}, args.repeats, device)
 
 
 def peak_memory(method, precision, device, size):
@@ -383,6 +391,7 @@ def fid_section(args, device):
 
 SECTIONS = {
     "translators": translators,
+    "variants": variants,
     "memory": memory,
     "segmenters": segmenters,
     "translation": translation,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from efficientnet_pytorch import EfficientNet
+from efficientnet_pytorch.utils import Conv2dDynamicSamePadding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models import EfficientNet_B0_Weights
@@ -303,6 +304,28 @@ def test_unet_encoder_is_the_packages_network():
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (preset.mean, preset.std))
     deepest = theirs.extract_endpoints((x - mean) / deviation)["reduction_5"]
     torch.testing.assert_close(unet.encode(x)[-1], deepest, atol=1e-4 * deepest.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 9), (9, 8)])
+def test_depthwise_convolution_is_the_packages_and_in_float32_on_a_cpu(kernel, stride, size):
+    theirs = Conv2dDynamicSamePadding(4, 4, kernel, stride, groups=4, bias=False)
+    ours = models.DepthwiseConv2d(4, kernel, stride)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, *size).bfloat16()
+    expected = theirs(x.float())
+    torch.testing.assert_close(ours(x.float()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x), expected.bfloat16())
+        assert not torch.equal(theirs(x), expected.bfloat16())  # the weights, too, would be rounded
+
+
+def test_autocast_mirrors_borders_as_they_are():
+    x = torch.randn(1, 2, 5, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mirrored = models.reflect(x, 3)
+    assert mirrored.dtype == torch.bfloat16 and torch.equal(mirrored, F.pad(x, (3, 3, 3, 3), mode="reflect"))
 
 
 def test_encoder_weights_come_from_a_file(tmp_path):

@@ -1,6 +1,8 @@
 """Training steps without a data set: learning rates at their corners, variants of equation 4, image pool, gate, step."""
 
 import copy
+import platform
+import resource
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import adapt_features
 import models
+import runtime
 import train_segmenter
 import train_translator
 from losses import gan_loss, patch_nce_loss, segmentation_loss
@@ -248,3 +251,14 @@ def test_an_adaptation_step_is_its_two_losses():
     for network, found in ((F, ours), (D, d_ours)):
         expected = torch.cat([p.detach().flatten() for p in network.parameters()])
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
+def test_memory_that_a_step_frees_is_not_fetched_from_the_kernel_again():
+    runtime.pick_device("cpu")
+    size, times = 32 << 20, 40
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(size, dtype=torch.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < times / 4 * size / resource.getpagesize()  # by itself: one a page, each time
