@@ -199,9 +199,10 @@ def pick_device(name):
 def _keep_freed_memory():
     """Let glibc keep what is freed instead of giving it to the kernel and taking it back, cleared, for the next tensor.
 
-    A step frees and takes the same sizes again and again; clearing costs more than a norm or an activation computes.
+    A step frees and takes the same sizes again and again; clearing costs more than a norm or an activation computes. The
+    price: what a process once had stays its own until it ends.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, another allocator
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing at the heap's end goes back

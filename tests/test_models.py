@@ -321,11 +321,12 @@ def test_depthwise_convolution_is_the_packages_and_in_float32_on_a_cpu(kernel, s
         assert not torch.equal(theirs(x), expected.bfloat16())  # the weights, too, would be rounded
 
 
-def test_autocast_mirrors_borders_as_they_are():
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_autocast_pads_as_it_is(mode):
     x = torch.randn(1, 2, 5, 6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        mirrored = models.reflect(x, 3)
-    assert mirrored.dtype == torch.bfloat16 and torch.equal(mirrored, F.pad(x, (3, 3, 3, 3), mode="reflect"))
+        padded = models.pad(x, (3, 2, 1, 0), mode)
+    assert padded.dtype == torch.bfloat16 and torch.equal(padded, F.pad(x, (3, 2, 1, 0), mode))
 
 
 def test_encoder_weights_come_from_a_file(tmp_path):

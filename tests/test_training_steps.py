@@ -256,7 +256,7 @@ def test_an_adaptation_step_is_its_two_losses():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
 def test_memory_that_a_step_frees_is_not_fetched_from_the_kernel_again():
     runtime.pick_device("cpu")
-    size, times = 32 << 20, 40
+    size, times = 32 << 20, 40  # from 32 MiB up glibc by itself always asks the kernel
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
         torch.ones(size, dtype=torch.uint8)
