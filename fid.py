@@ -452,7 +452,7 @@ def open_input(path, dims, exclude):
 
 
 def keep_freed_memory():
-    """Let glibc keep what a batch's features free, instead of fetching it from the kernel, cleared, for the next batch."""
+    """Let glibc keep what one batch frees for the next, which it would fetch from the kernel, cleared. As in runtime.py."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX

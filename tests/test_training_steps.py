@@ -1,4 +1,4 @@
-"""Training steps without a data set: learning rates at their corners, variants of equation 4, image pool, gate, step."""
+"""Training steps without a data set: learning rates at their corners, variants of equation 4, pool, gate, step, memory."""
 
 import copy
 import platform
