@@ -55,10 +55,11 @@ def run_script(main):
         sys.stdout = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    stopped = None
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except SystemExit as stop:  # --check or a signal: of all processes, like a return
+        stopped = stop.code
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -67,6 +68,10 @@ def run_script(main):
             raise
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else its threads abort the interpreter's end now and then
+    if stopped:
+        sys.exit(stopped)
 
 
 def _explained(error):

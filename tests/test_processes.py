@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ KINDS = ("cut", "fastcut", "fastcut_l5", "cyclegan", "segmenter", "adaptation")
 DRIVER = """
 import importlib, json, sys
 import torch
+import torch.distributed as dist
 import data, models, runtime
 
 torch.set_default_dtype(torch.float64)
@@ -42,6 +44,8 @@ for name, words in json.loads(sys.argv[1]):
     sys.argv = [f"{name}.py", *words]
     importlib.import_module(name).main()
     runtime.wait()
+if dist.is_initialized():
+    dist.destroy_process_group()
 """
 
 # torchrun's own setting for many processes; convolutions on more threads sum in another order.
@@ -86,6 +90,27 @@ def test_two_processes_are_one_with_twice_the_batch(pair, tmp_path):
         for a, b in zip(*logs, strict=True):
             for column in a.keys() - MEASURED:
                 assert float(a[column]) == pytest.approx(float(b[column]), rel=2e-6), (kind, column)
+
+
+@pytest.mark.parametrize("last", ["return", "sys.exit()"])
+def test_processes_leave_their_group_before_they_end(tmp_path, last):
+    """Else gloo's threads abort the interpreter's end now and then."""
+    text = f"""
+        import atexit, sys, torch, runtime
+        import torch.distributed as dist
+
+        def main():
+            runtime.join_processes(torch.device("cpu"))
+            runtime.wait()
+            assert runtime.processes() == 2
+            {last}
+
+        atexit.register(lambda: print("left" if not dist.is_initialized() else "still in", file=sys.stderr, flush=True))
+        runtime.run_script(main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(text))
+    result = torchrun(tmp_path / "driver.py", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0 and result.stderr.count("left") == 2, result.stderr
 
 
 @pytest.fixture(scope="module")
