@@ -7,7 +7,8 @@ frames pass for source, while its supervised loss on translated source goes on. 
 (Hoffman et al. 2018): the adversarial term reaches F only while D_feat's accuracy over its last 100 batches is above 60%.
 Labels of the target are not read. --adversarial-weight 0 is the control: the same fine-tuning, target frames passing
 through F and its BatchNorm statistics included, but for the adversary's gradient. CyCADA holds back F's whole step where
-the gate is shut; here the supervised loss goes on (ours, as are all of this stage's rates, its layer and its iterations).
+the gate is shut; here the supervised loss goes on (ours, as are all of this stage's rates, their fall to 0, its layer and
+its iterations).
 An unfinished run is resumed by the same command.
 """
 
@@ -54,6 +55,11 @@ def parse_args(words=None):
     )
     runtime.add_training_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
     return parser.parse_args(words)
+
+
+def learning_rate(iteration, iterations, base):
+    """F's, as the translator's: constant for the first half, then linear to 0. D_feat's stays, so that it can follow F."""
+    return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
 
 
 class Gate:
@@ -138,7 +144,10 @@ def main():
         data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, labelled=True),
         data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1),
     )
-    for _, ((x, labels), y) in run.iterations(dataset):
+    for iteration, ((x, labels), y) in run.iterations(dataset):
+        lr = learning_rate(iteration, args.iterations, args.lr)
+        for group in opt_F.param_groups:
+            group["lr"] = lr
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
         losses = training_step(
             segmenter,
@@ -151,7 +160,7 @@ def main():
             args.adversarial_weight,
             runtime.autocast(run.device, args.precision),
         )
-        run.log(losses)
+        run.log(losses, lr=lr)
     opened = int(gate.opened)
     if args.adversarial_weight > 0:
         print(f"{args.out}: the gate let the adversary through in {opened} of {gate.asked} steps")

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from commands import ROOT, assert_same_outputs, run, script
+from commands import ROOT, assert_same_outputs, run, script, table
 
 import adapt_features
 import files
@@ -86,6 +86,19 @@ def test_a_run_stopped_after_every_step_ends_as_one_never_stopped(
     assert (status, stops) == (0, 5)  # the sixth step is the last: it finishes
     assert_same_outputs(tmp_path / "a", tmp_path / "b")
     assert not list(tmp_path.rglob(".*.part"))
+
+
+@pytest.mark.parametrize(("kind", "optimizer"), [("cut", "opt_G"), ("segmenter", "optimizer"), ("adaptation", "opt_F")])
+def test_each_steps_learning_rate_is_the_optimisers_and_the_logs(pair, segmenter, tmp_path, monkeypatch, kind, optimizer):
+    module, words = stage(kind, pair, segmenter)
+    words += ["--iterations", 4, "--log-every", 1, "--workers", 0, "--lr", 1e-4, "--out", tmp_path]
+    for done in range(1, 5):
+        call(monkeypatch, module, words, stop_after=1)
+        expected = [module.learning_rate(i, 4, 1e-4) for i in range(done)]
+        assert [float(row["lr"]) for row in table(tmp_path / "log.csv")] == pytest.approx(expected)
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
+        assert [group["lr"] for group in state[optimizer]["param_groups"]] == pytest.approx(expected[-1:])
+    assert expected[-1] < 1e-4
 
 
 @pytest.mark.parametrize(("sign", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])

@@ -33,6 +33,12 @@ def test_translators_learning_rate_reaches_zero_after_the_last_iteration(iterati
     assert lr == pytest.approx([2e-4, 2 * 2e-4 / (iterations / 2), 2e-4 / (iterations / 2)], rel=1e-12)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3, 60, 20_000])
+def test_adaptations_learning_rate_is_the_translators(iterations):
+    rates = [[m.learning_rate(i, iterations, 1e-5) for i in range(iterations)] for m in (adapt_features, train_translator)]
+    assert rates[0] == rates[1]
+
+
 @pytest.mark.parametrize("iterations", [120_000, 1_200, 300_000, 24])
 @pytest.mark.parametrize(("part", "expected"), [(0, 2e-4), (1 / 3, 2e-4), (1 / 2, 2e-4), (2 / 3, 1e-5), (5 / 6, 1e-5)])
 def test_segmenters_learning_rate(part, expected, iterations):
@@ -51,7 +57,7 @@ def test_segmenters_learning_rate_falls_at_two_thirds(iterations, corner):
 
 @given(st.integers(1, 1000))
 def test_any_number_of_iterations_begins_at_the_base_rate_and_never_rises(iterations):
-    for rate in (train_translator.learning_rate, train_segmenter.learning_rate):
+    for rate in (module.learning_rate for module in (train_translator, train_segmenter, adapt_features)):
         rates = [rate(i, iterations, 2e-4) for i in range(iterations)]
         assert rates[0] == 2e-4 and rates == sorted(rates, reverse=True) and rates[-1] > 0
 
