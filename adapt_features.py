@@ -19,6 +19,7 @@ import data
 import files
 import models
 import runtime
+import training
 from losses import gan_loss, segmentation_loss
 
 GATE_WINDOW = 100  # batches, Hoffman et al. 2018
@@ -118,7 +119,7 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
 
 def main():
     args = parse_args()
-    run = runtime.Run(args)
+    run = training.Run(args)
     if run.is_finished:
         print(f"{args.out}: finished")
         return

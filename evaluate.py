@@ -23,6 +23,7 @@ import data
 import files
 import models
 import runtime
+import training
 
 # The models of table 2 in its order, and the folders in which run_all.sh trains them; translators have the same names.
 MODELS = {
@@ -85,7 +86,7 @@ def scores(confusion):
 def load_segmenter(run, flag, device):
     """A finished run of stage 3 or 4 -> (UNet in evaluation mode, the width it was trained at)."""
     segmenter = models.load_network(files.finished(run, flag), models.UNet, device)
-    return segmenter.to(memory_format=torch.channels_last), runtime.trained_width(Path(run))
+    return segmenter.to(memory_format=torch.channels_last), training.trained_width(Path(run))
 
 
 @torch.inference_mode()

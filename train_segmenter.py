@@ -14,6 +14,7 @@ import torch
 import data
 import models
 import runtime
+import training
 from losses import segmentation_loss
 
 
@@ -58,7 +59,7 @@ def training_step(segmenter, optimizer, images, labels, autocast):
 
 def main():
     args = parse_args()
-    run = runtime.Run(args)
+    run = training.Run(args)
     if run.is_finished:
         print(f"{args.out}: finished")
         return

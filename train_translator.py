@@ -13,6 +13,7 @@ from torch.utils.data import StackDataset
 import data
 import models
 import runtime
+import training
 from losses import gan_loss, patch_nce_loss
 
 # Variants of equation 4: lambda_X, lambda_Y (the identity term), patches per layer. Park et al. 2020; the paper for L5.
@@ -165,7 +166,7 @@ def l1(a, b):
     return (models.promoted(a) - models.promoted(b)).abs().mean()
 
 
-class ImagePool(runtime.OfProcess):
+class ImagePool(training.OfProcess):
     """The last translations, half of which D is shown instead of the newest (Shrivastava et al. 2017; Zhu et al. 2017)."""
 
     def __init__(self, size):
@@ -201,7 +202,7 @@ def _on(device, network):
 
 def main():
     args = parse_args()
-    run = runtime.Run(args)
+    run = training.Run(args)
     if run.is_finished:
         print(f"{args.out}: finished")
         return

@@ -24,6 +24,7 @@ import data
 import files
 import models
 import runtime
+import training
 
 WRITERS = 4  # threads that encode and write PNG files, which a GPU would otherwise wait for (ours)
 
@@ -91,7 +92,7 @@ def main():
     files.check_out(args.out, args.source, args.translator)
     frames = data.list_frames(args.source, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     weights = files.finished(args.translator, "--translator")
-    width = runtime.trained_width(args.translator)
+    width = training.trained_width(args.translator)
     data.check_frames(frames, width)
 
     device = runtime.pick_device(args.device)
@@ -107,7 +108,7 @@ def main():
         raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
     precision = was.get("precision") if args.precision == "auto" and not args.restart else None
     precision = precision or runtime.pick_precision(args.precision, device)
-    facts = {"source": args.source, "split": args.split, "frames": runtime.fingerprint(frames), "width": width}
+    facts = {"source": args.source, "split": args.split, "frames": training.fingerprint(frames), "width": width}
     facts |= {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
     facts |= {"batch_size": args.batch_size, "precision": precision}
     if was and was != facts and not args.restart:

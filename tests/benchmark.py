@@ -43,6 +43,7 @@ import models
 import runtime
 import train_segmenter
 import train_translator
+import training
 
 ROOT = Path(fid.__file__).resolve().parent
 METHODS = ("cyclegan", "cut", "fastcut", "fastcut_l5")
@@ -198,12 +199,12 @@ def variants(args, device):
 
 def peak_memory(method, precision, device, size):
     """MiB that a few steps of a method take at most, beyond what the process had before; for a process of its own."""
-    before = runtime.peak_memory_mib(runtime.pick_device(str(device)))
+    before = training.peak_memory_mib(runtime.pick_device(str(device)))
     train_translator.POOL_SIZE = 2  # full at once; 50 images are 38 MiB a pool at 256x256
     step = translator_step(method, precision, device, size)
     for _ in range(3):
         step()
-    return runtime.peak_memory_mib(device) - (0 if device.type == "cuda" else before)
+    return training.peak_memory_mib(device) - (0 if device.type == "cuda" else before)
 
 
 def memory(args, device):

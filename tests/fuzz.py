@@ -3,7 +3,7 @@
     python tests/fuzz.py pairs|checkpoints|statistics|tables [--seconds 600] [--seed 0] [--findings fuzz_findings]
 
     pairs        PNG and JPEG files in both layouts: data.list_frames, load_image, load_label_ids, load_label
-    checkpoints  weights.pt: models.load_network; checkpoint.pt, log.csv, args.json: runtime.Run, its restore and finish
+    checkpoints  weights.pt: models.load_network; checkpoint.pt, log.csv, args.json: training.Run, its restore and finish
     statistics   .npz files of mu and sigma: fid.load_statistics
     tables       CSV and JSON: files.read_csv, files.read_json, fid.read_rows, evaluate.report without its figures
 
@@ -53,6 +53,7 @@ import files
 import models
 import runtime
 import train_translator
+import training
 
 ROOT = Path(data.__file__).resolve().parent
 LIMIT, MEMORY = 20, 6 * 2**30  # seconds a case; bytes of address space above what the process has at its start
@@ -130,10 +131,10 @@ def png(samples, colour, interlaced=False):
     return with_checksums(b"\x89PNG\r\n\x1a\n" + body)
 
 
-def training(folder):
+def begun(folder):
     """train_translator.py's Run of a folder, and very small parts of every kind that checkpoints hold."""
     words = "--source /source --target /target --method cyclegan --device cpu --workers 0 --iterations 3 --log-every 1 --out"
-    run = runtime.Run(train_translator.parse_args([*words.split(), str(folder)]))
+    run = training.Run(train_translator.parse_args([*words.split(), str(folder)]))
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = runtime.adam(network.parameters(), 0.1)
     return run, dict(G=network, opt_G=optimizer, pool_y=train_translator.ImagePool(2), gate=adapt_features.Gate(0.6))
@@ -142,7 +143,7 @@ def training(folder):
 def trained():
     """The files of a run, as the trainers' own code leaves them."""
     with tempfile.TemporaryDirectory() as folder:
-        run, state = training(Path(folder))
+        run, state = begun(Path(folder))
         run.restore(**state)
         for _, batch in run.iterations(torch.rand(3, 3)):
             loss = state["G"](torch.cat([batch, -batch])).square().mean()
@@ -156,7 +157,7 @@ def trained():
 
 def checkpoints():
     def resume(folder):
-        run, state = training(folder)
+        run, state = begun(folder)
         run.restore(**state)
         if run.rows:
             run.finish({})  # reads what is left of log.csv

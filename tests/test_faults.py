@@ -22,6 +22,7 @@ import models
 import runtime
 import train_segmenter
 import train_translator
+import training
 import translate_dataset
 
 SMALL = ["--device", "cpu", "--width", 128, "--crop-size", 64]
@@ -41,7 +42,7 @@ def stage(kind, pair, segmenter=None):
 def call(monkeypatch, module, words, stop_after=None, signals=("SIGTERM",)):
     """A script's main() in this process, where torch is imported already -> exit status; signals come in a chosen step."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
-    log, steps = runtime.Run.log, []
+    log, steps = training.Run.log, []
 
     def counted(self, *args, **values):
         steps.append(1)
@@ -51,7 +52,7 @@ def call(monkeypatch, module, words, stop_after=None, signals=("SIGTERM",)):
         log(self, *args, **values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Run, "log", counted)
+        patch.setattr(training.Run, "log", counted)
         try:
             runtime.run_script(module.main)
         except SystemExit as end:
@@ -437,7 +438,7 @@ def test_a_diverged_run_stops_and_is_not_saved(pair, tmp_path, monkeypatch, caps
     assert "diverged before iteration" in err and "not finite" in err and "--lr" in err
     if (tmp_path / "a" / "checkpoint.pt").exists():
         saved = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
-        assert runtime.not_finite(saved["state"]) == []
+        assert training.not_finite(saved["state"]) == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -464,10 +465,10 @@ def test_a_state_that_is_not_finite_is_never_saved(pair, tmp_path, monkeypatch, 
 
 def test_not_finite_names_the_tensors():
     state = {"a": {"w": torch.ones(3), "n": torch.tensor([2**60]), "empty": torch.zeros(0)}, "b": [torch.tensor(1e38).half()]}
-    assert runtime.not_finite(state) == ["b.0"]  # half precision ends at 65,504
+    assert training.not_finite(state) == ["b.0"]  # half precision ends at 65,504
     state["a"]["w"][1] = float("nan")
-    assert runtime.not_finite(state) == ["a.w", "b.0"]
-    assert runtime.not_finite({"a": torch.tensor([3e38, -3e38]), "b": 5, "c": "nan"}) == []
+    assert training.not_finite(state) == ["a.w", "b.0"]
+    assert training.not_finite({"a": torch.tensor([3e38, -3e38]), "b": 5, "c": "nan"}) == []
 
 
 # --- flags

@@ -1,0 +1,400 @@
+"""What every trainer is written around: its run directory and the loop that fills it.
+
+    run = Run(args)                                    # opens --out, resolves --device and --precision
+    run.restore(generator=generator, ...)              # names all that a checkpoint holds, and loads it if there is one
+    for iteration, batch in run.iterations(dataset):   # goes on where the last checkpoint was
+        run.log(losses, lr=lr)
+    run.finish(models.network_state(generator))        # weights.pt and summary.json
+
+What iteration k computes depends on --seed and k alone: samples are numbered by iteration, and torch's generator is seeded
+anew at each, so that no state of a generator needs saving.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import files
+import runtime
+
+# Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
+FREE_ARGUMENTS = {"out", "device", "workers", "log_every", "save_every", "check", "restart", "exclude"}
+
+
+def _quoted(value):
+    """What a file holds, and may be anything, as a part of a message."""
+    text = files.one_line(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+class Run:
+    """A run directory and the loop that fills it: checkpoint.pt, log.csv, args.json, samples/, summary.json, weights.pt."""
+
+    def __init__(self, args):
+        self.args, self.out = args, args.out
+        self.device = runtime.pick_device(args.device)
+        runtime.join_processes(self.device)
+        args.processes = runtime.processes()
+        self.checkpoint = self.out / "checkpoint.pt"
+        if args.crop_size[1] > args.width:
+            raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames, which --width {args.width} makes")
+        files.check_out(self.out, *(getattr(args, name, None) for name in ("source", "target", "data", "segmenter")))
+        self._read_stored()
+        if args.precision == "auto":
+            args.precision = self.stored.get("precision") or runtime.pick_precision("auto", self.device)
+        self.compare_arguments()
+        self.iteration = 0  # the number of steps done
+        self.is_finished = (self.out / "weights.pt").is_file() and not args.restart
+        self.rows, self.sums, self.steps_summed = [], {}, 0
+
+    def _read_stored(self):
+        self.args.script, path = Path(sys.argv[0]).name, self.out / "args.json"
+        self.stored = files.read_json(path) if path.is_file() else {}
+        if self.stored.get("script", self.args.script) != self.args.script:
+            raise ValueError(f"{path}: holds a run of {_quoted(self.stored['script'])}; give another --out")
+        if self.args.restart:
+            self.stored = {}
+
+    def compare_arguments(self):
+        """Raises ValueError if the run was begun with arguments, or with data, that would change what it computes."""
+        self.arguments = json.loads(json.dumps(vars(self.args), default=str))
+        changed = [
+            f"--{key.replace('_', '-')} (was {_quoted(self.stored[key])}, is now {_quoted(value)})"
+            for key, value in self.arguments.items()
+            if key in self.stored and key not in FREE_ARGUMENTS and self.stored[key] != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.out}: begun with other arguments: {', '.join(changed)}; "
+                "give another --out, or --restart to throw away what is there"
+            )
+
+    def restore(self, frames=None, **state):
+        """Name what a checkpoint holds (objects with state_dict and load_state_dict), and load it if there is one.
+
+        frames: {name of a data set: its frames}; a run does not go on with others. From here on the run directory is
+        this process's.
+        """
+        self.state = state
+        for name, listed in (frames or {}).items():
+            setattr(self.args, f"{name}_frames", fingerprint(listed))
+        self.compare_arguments()
+        if self.args.check:
+            print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
+            sys.exit()
+        if runtime.is_first():
+            self.lock = files.lock(self.out)
+            self._read_stored()  # again: another process may have begun while this one looked at its data
+            self.compare_arguments()
+            if self.args.restart:
+                self._clear()
+            (self.out / "samples").mkdir(exist_ok=True)
+            files.clear_parts(self.out)
+            files.clear_parts(self.out / "samples")
+        runtime.wait()
+        if self.checkpoint.is_file():
+            self._load()
+        if runtime.is_first():
+            files.write_json(self.out / "args.json", self.arguments)
+
+    def _load(self):
+        with open(self.checkpoint, "rb") as file:
+            try:
+                saved = torch.load(file, map_location=self.device, weights_only=True)
+                if saved["begun"] != self._begun():
+                    raise ValueError("begun with other arguments")
+                for name, part in self.state.items():
+                    of_process = isinstance(part, OfProcess)
+                    part.load_state_dict(saved["state"][name][runtime.rank()] if of_process else saved["state"][name])
+                    if isinstance(part, torch.optim.Optimizer):
+                        _check_moments(part)
+                self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
+                self.sums = {str(name): total.reshape(()) for name, total in saved["sums"][runtime.rank()].items()}
+                if not (type(self.iteration) is type(self.steps_summed) is int and 0 <= self.iteration <= self.args.iterations):
+                    raise ValueError("no number of iterations")
+                rows = files.read_csv(self.out / "log.csv")
+                self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
+                for row in self.rows:
+                    float(row["seconds_per_iteration"]), int(row["peak_memory_mib"])
+            except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+                raise ValueError(
+                    f"{self.checkpoint}: not a checkpoint of this run, or log.csv beside it is damaged "
+                    f"({type(error).__name__}); --restart begins anew"
+                ) from error
+
+    def _begun(self):
+        """What tells runs of equal networks apart; no paths, since checkpoints of two folders are to be equal."""
+        names = ("script", "method", "seed", "iterations", "processes", "precision")
+        return {name: self.arguments.get(name) for name in names}
+
+    def _clear(self):
+        for name in ("weights.pt", "checkpoint.pt", "log.csv", "summary.json", "evaluation.json", "args.json"):
+            (self.out / name).unlink(missing_ok=True)
+        for sample in (self.out / "samples").glob("*.png"):
+            sample.unlink()
+
+    def iterations(self, dataset):
+        """Yield (iteration, batch on the device) for the steps that are left; logs, saves, and stops on signals."""
+        args, cuda = self.args, self.device.type == "cuda"
+        batches = _Batches(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
+        loader = DataLoader(
+            dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=runtime.ignore_interrupts
+        )
+        bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.interval_start, self.steps_timed = time.perf_counter(), 0  # a resumed interval is timed from here on
+        with _caught_signals() as signals, bar:
+            for batch in loader:
+                torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
+                yield self.iteration, _to_device(batch, self.device)
+                self.iteration += 1
+                self.steps_timed += 1
+                last = self.iteration == args.iterations
+                if last or self.iteration % args.log_every == 0:
+                    self._write_log()
+                signalled = _agreed(signals)
+                if last or self.iteration % args.save_every == 0 or signalled:
+                    self.save()
+                if signalled and not last:
+                    sys.exit(128 + signalled)
+                bar.update()
+
+    @property
+    def saves_next(self):
+        """Is a checkpoint due after the step under way? Then a sample grid is, too."""
+        due = (self.iteration + 1) % self.args.save_every == 0 or self.iteration + 1 == self.args.iterations
+        return due and runtime.is_first()
+
+    @property
+    def samples(self):
+        """How many samples all processes take in all iterations."""
+        return self.args.iterations * self.args.batch_size * runtime.processes()
+
+    def log(self, losses, **values):
+        """Losses (scalar tensors) are averaged until the next row of log.csv, without waiting for the device; values
+        (learning rates, counts) go there as they are."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        self.steps_summed += 1
+        self.values = values
+
+    def _write_log(self):
+        means = self._finite_means()  # waits for the device, so that the time below is that of finished steps
+        seconds = (time.perf_counter() - self.interval_start) / self.steps_timed
+        self._finite_state()
+        self.rows.append(
+            {"iteration": self.iteration}
+            | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
+            | {"seconds_per_iteration": f"{seconds:.4f}", "peak_memory_mib": f"{peak_memory_mib(self.device):.0f}"}
+        )
+        if runtime.is_first():
+            files.write_csv(self.out / "log.csv", self.rows)
+        self.sums, self.steps_summed, self.steps_timed, self.interval_start = {}, 0, 0, time.perf_counter()
+
+    def _finite_means(self):
+        if not self.sums:
+            return {}
+        totals = runtime.averaged(torch.stack([total.double() for total in self.sums.values()])).tolist()
+        means = {name: total / self.steps_summed for name, total in zip(self.sums, totals, strict=True)}
+        if bad := [name for name, mean in means.items() if not np.isfinite(mean)]:
+            raise self._diverged("loss", bad)
+        return means
+
+    def _finite_state(self):
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        bad = not_finite(state)
+        if runtime.processes() > 1:  # what is of one process, BatchNorm's statistics say, need not be bad in all
+            bad = list(dict.fromkeys(name for names in _gathered(bad) for name in names))
+        if bad:
+            raise self._diverged("state", bad)
+        return state
+
+    def _diverged(self, kind, names):
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        return FloatingPointError(
+            f"{self.out}: diverged before iteration {self.iteration}: {kind} {shown} not finite; "
+            "the last checkpoint is kept, a lower --lr (with --restart) may help"
+        )
+
+    def save(self):
+        """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
+        start = time.perf_counter()
+        self._finite_means()
+        state = self._finite_state()
+        for name, part in self.state.items():
+            if isinstance(part, OfProcess):
+                state[name] = _gathered(state[name])
+        content = {"begun": self._begun(), "iteration": self.iteration, "state": state}
+        content |= {"sums": _gathered(self.sums), "steps_summed": self.steps_summed}
+        if runtime.is_first():
+            files.write_whole(self.checkpoint, torch_bytes(content))
+        self.interval_start += time.perf_counter() - start  # saving is no part of a step
+
+    def save_grid(self, *columns):
+        """Images (B, 3, h, w) in [0, 1], a column each and a row a sample -> samples/ITERATION.png."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        rows = torch.stack([c.detach().float().cpu().clamp(0, 1) for c in columns], dim=1).flatten(0, 1)
+        grid = to_pil_image(make_grid(rows, nrow=len(columns)))
+        files.write_whole(self.out / "samples" / f"{self.iteration + 1:07d}.png", files.png_bytes(grid))
+        self.interval_start += time.perf_counter() - start
+
+    def finish(self, weights, **summary):
+        """Write summary.json and, last, weights.pt: the sign that the run is finished."""
+        if not runtime.is_first():
+            return
+        times = [float(row["seconds_per_iteration"]) for row in self.rows] or [0.0]
+        summary |= {
+            "iterations": self.iteration,
+            "seconds_per_iteration": statistics.median(times[1:] or times),  # the first interval warms up
+            "peak_memory_mib": max((int(row["peak_memory_mib"]) for row in self.rows), default=0),
+            "precision": self.args.precision,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+        }
+        files.write_json(self.out / "summary.json", summary)
+        files.write_whole(self.out / "weights.pt", torch_bytes(weights))
+
+
+def fingerprint(frames):
+    """How many frames there are, and a hash of their names: does a run go on with the data that it was begun with?"""
+    names = "\0".join(frame.name for frame in frames).encode(errors="surrogateescape")
+    return f"{len(frames)} frames, {hashlib.sha256(names).hexdigest()[:12]}"
+
+
+def trained_width(run):
+    """The width of the frames that a run was trained on, from its args.json."""
+    width = files.read_json(run / "args.json", "width")["width"]
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"{run / 'args.json'}: width is {width!r}, where a whole number from 1 up is needed")
+    return width
+
+
+def torch_bytes(content):
+    """What torch.save writes, as bytes, and the same bytes for the same content.
+
+    A file that torch writes itself holds its path's name; and pickle writes an object that it has seen by reference, so
+    that equal strings must be one object: those of a resumed run were read from a file, one by one.
+    """
+    buffer = io.BytesIO()
+    torch.save(_plain(content), buffer)
+    return buffer.getbuffer()
+
+
+def _plain(part):
+    if isinstance(part, dict):
+        return {_plain(key): _plain(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part)(_plain(value) for value in part)
+    return sys.intern(part) if isinstance(part, str) else part
+
+
+def not_finite(state, name=""):
+    """Names of the tensors in nested dicts and lists that hold nan or infinity; waits for the device once."""
+    named = [(key, tensor) for key, tensor in _tensors(state, name) if tensor.is_floating_point() and tensor.numel()]
+    if not named:
+        return []
+    extremes = torch.stack([value.double() for _, tensor in named for value in torch.aminmax(tensor.detach())])
+    return [key for (key, _), good in zip(named, extremes.isfinite().view(-1, 2).all(1).tolist(), strict=True) if not good]
+
+
+def _tensors(part, name):
+    if isinstance(part, torch.Tensor):
+        yield name, part
+    elif isinstance(part, (dict, list, tuple)):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+class OfProcess:
+    """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
+
+
+def _check_moments(optimizer):
+    """ValueError unless Adam's moments have their parameters' shapes, which load_state_dict does not look at."""
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.shape != (() if name == "step" else parameter.shape):
+                raise ValueError(f"{name} has another shape than its parameter")
+
+
+def _gathered(state):
+    """The states of all processes, in their order; those of others on the CPU."""
+    if runtime.processes() == 1:
+        return [state]
+    states = [None] * runtime.processes()
+    dist.all_gather_object(states, bytes(torch_bytes(state)))  # tensors themselves would come back on the GPU they are from
+    return [torch.load(io.BytesIO(state), map_location="cpu", weights_only=True) for state in states]
+
+
+def _agreed(signals):
+    """The number of a signal that came to any process, 0 for none: all stop after the same step."""
+    number = torch.tensor(max(signals, default=0))
+    if runtime.processes() > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: a GPU goes on computing
+    return int(number)
+
+
+class _Batches:
+    """Sample numbers of the iterations from `start` on: iteration i of n processes has those from i * n * batch_size on.
+
+    Of these each process takes batch_size, in the order of the processes.
+    """
+
+    def __init__(self, start, stop, batch_size, rank, processes):
+        self.start, self.stop, self.batch_size, self.rank, self.processes = start, stop, batch_size, rank, processes
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        for i in range(self.start, self.stop):
+            first = (i * self.processes + self.rank) * self.batch_size
+            yield range(first, first + self.batch_size)
+
+
+@contextlib.contextmanager
+def _caught_signals():
+    """A list that SIGTERM, SIGINT and SIGHUP append to, so that the step under way is finished and saved first.
+
+    However often one comes: to a process group, torchrun and run_all.sh pass on what its members have had already.
+    """
+    caught, previous = [], {}
+    for sign in runtime.STOP_SIGNALS:
+        if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN:  # nohup's wish is respected
+            previous[sign] = signal.signal(sign, lambda sign, frame: caught.append(sign))
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _to_device(batch, device):
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    return [_to_device(part, device) for part in batch]
+
+
+def peak_memory_mib(device):
+    """Most memory in use so far, in MiB: tensors on a GPU, the whole process (resident set) on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # getrusage's ru_maxrss begins with the peak of the process that started this one.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
