@@ -6,9 +6,9 @@ D_feat sees an intermediate layer of F (--layer) and learns to tell translated s
 frames pass for source, while its supervised loss on translated source goes on. Two optimisers, and the gate of CyCADA
 (Hoffman et al. 2018): the adversarial term reaches F only while D_feat's accuracy over its last 100 batches is above 60%.
 Labels of the target are not read. --adversarial-weight 0 is the control: the same fine-tuning, target frames passing
-through F and its BatchNorm statistics included, but for the adversary's gradient. CyCADA holds back F's whole step where
-the gate is shut; here the supervised loss goes on (ours, as are all of this stage's rates, their fall to 0, its layer and
-its iterations).
+through F and its BatchNorm statistics included, but for the adversary's gradient. F's learning rate is constant for the first
+half, then falls linearly to 0; D_feat's stays. CyCADA holds back F's whole step where the gate is shut; here the supervised
+loss goes on (ours, as are all of this stage's rates, the fall of F's, its layer and its iterations).
 An unfinished run is resumed by the same command.
 """
 

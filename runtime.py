@@ -45,7 +45,7 @@ def run_script(main):
         if status is None or os.environ.get("CLADA_TRACEBACK"):
             raise
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(status)
+        sys.exit(status)  # in its group, to leave which it might have to wait for others; its end is what they notice
     if dist.is_initialized():
         dist.destroy_process_group()  # else its threads abort the interpreter's end now and then
     if stopped:
@@ -299,7 +299,7 @@ def _averaging(optimizer):
     return optimizer.averaging
 
 
-# Signals after which a script finishes what it is at and ends.
+# Signals after which a trainer finishes its step and saves, and which processes that read or draw images leave to it.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
