@@ -58,11 +58,6 @@ def parse_args(words=None):
     return parser.parse_args(words)
 
 
-def learning_rate(iteration, iterations, base):
-    """F's, as the translator's: constant for the first half, then linear to 0. D_feat's stays, so that it can follow F."""
-    return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
-
-
 class Gate:
     """Is D_feat good enough for its gradient to mean something? Its mean accuracy over the last batches says so.
 
@@ -146,7 +141,7 @@ def main():
         data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1),
     )
     for iteration, ((x, labels), y) in run.iterations(dataset):
-        lr = learning_rate(iteration, args.iterations, args.lr)
+        lr = training.constant_then_linear(iteration, args.iterations, args.lr)
         for group in opt_F.param_groups:
             group["lr"] = lr
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))

@@ -59,12 +59,6 @@ def parse_args(words=None):
     return args
 
 
-def learning_rate(iteration, iterations, base):
-    """Constant for the first half, then linear to 0, which the step after the last would have."""
-    half = iterations // 2
-    return base * min(1.0, (iterations - iteration) / (iterations - half))
-
-
 def discriminator_loss(discriminator, real, fake, kind):
     """Equation 1 as D sees it, halved as Zhu et al. 2017 to slow D relative to G; no gradient reaches the generator."""
     return (gan_loss(discriminator(real), True, kind) + gan_loss(discriminator(fake.detach()), False, kind)) / 2
@@ -221,7 +215,7 @@ def main():
     )
     layout = runtime.translator_layout(run.device)
     for iteration, batch in run.iterations(dataset):
-        lr = learning_rate(iteration, args.iterations, args.lr)
+        lr = training.constant_then_linear(iteration, args.iterations, args.lr)
         for optimizer in (translation.opt_G, translation.opt_D):
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -272,6 +272,11 @@ class Run:
         files.write_whole(self.out / "weights.pt", torch_bytes(weights))
 
 
+def constant_then_linear(iteration, iterations, base):
+    """Zhu et al.'s learning rate: constant for the first half, then linear to 0, which the step after the last would have."""
+    return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
+
+
 def fingerprint(frames):
     """How many frames there are, and a hash of their names: does a run go on with the data that it was begun with?"""
     names = "\0".join(frame.name for frame in frames).encode(errors="surrogateescape")

@@ -99,9 +99,10 @@ def test_each_steps_learning_rate_is_the_optimisers_and_the_logs(
 ):
     module, words = stage(kind, pair, segmenter)
     words += ["--iterations", 4, "--log-every", 1, "--workers", 0, "--lr", 1e-4, "--out", tmp_path]
+    rate = train_segmenter.learning_rate if kind == "segmenter" else training.constant_then_linear
     for done in range(1, 5):
         call(monkeypatch, module, words, stop_after=1)
-        expected = [module.learning_rate(i, 4, 1e-4) for i in range(done)]
+        expected = [rate(i, 4, 1e-4) for i in range(done)]
         assert [float(row["lr"]) for row in table(tmp_path / "log.csv")] == pytest.approx(expected)
         state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
         rates = {name: [group["lr"] for group in state[name]["param_groups"]] for name in falling + constant}
