@@ -137,8 +137,8 @@ def main():
     run.restore(frames={"source": source, "target": target}, **parts)
 
     dataset = StackDataset(
-        data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, labelled=True),
-        data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1),
+        data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, labelled=True, cache=args.cache),
+        data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1, cache=args.cache),
     )
     for iteration, ((x, labels), y) in run.iterations(dataset):
         lr = training.constant_then_linear(iteration, args.iterations, args.lr)

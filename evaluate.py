@@ -178,19 +178,23 @@ def read_table(path):
 
 
 def table1(out):
-    """A row a translated data set: the distance that fid.py wrote, seconds per iteration and peak memory of its translator."""
+    """One row per translated data set: the distance that fid.py wrote, and what a step of its translator costs.
+
+    That is seconds per iteration, without and beside them those of waiting for data, and peak memory.
+    """
     path = out / "results" / "distances.csv"
     distances = {row.pop("model"): row for row in files.read_csv(path, *(["model"] if path.is_file() else []))}
     rows = []
     for name in ("Source", *MODELS):
         if name not in distances:
             continue
-        row = {"model": name} | distances[name] | {"seconds_per_iteration": "", "peak_memory_mib": ""}
+        row = {"model": name} | distances[name] | {"seconds_per_iteration": "", "wait_seconds": "", "peak_memory_mib": ""}
         if name != "Source":
             path = out / "translators" / MODELS[name] / "summary.json"
             summary = files.read_json(path, "seconds_per_iteration", "peak_memory_mib")
             try:
-                row["seconds_per_iteration"] = f"{float(summary['seconds_per_iteration']):.4f}"
+                row["seconds_per_iteration"] = f"{float(summary['seconds_per_iteration']):.5f}"
+                row["wait_seconds"] = f"{float(summary['wait_seconds']):.5f}" if "wait_seconds" in summary else ""
                 row["peak_memory_mib"] = str(int(summary["peak_memory_mib"]))
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{path}: seconds_per_iteration and peak_memory_mib must be numbers") from error
@@ -309,7 +313,10 @@ def parse_args():
         "--save-predictions", type=Path, metavar="DIR", help="write label ids as the Cityscapes server takes them"
     )
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="fp32", help="(default fp32: scores of any machine agree)"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="fp32",
+        help="fp32 (default): float32 throughout, so that scores of any machine agree; bf16: autocast",
     )
     runtime.add_device_arguments(parser)
     args = parser.parse_args()

@@ -417,7 +417,9 @@ def parse_arguments():
     parser.add_argument("--exclude", metavar="FILE", help="names of images to leave out, one a line")
     parser.add_argument("--check", action="store_true", help="look for weights and inputs, say so, compute nothing")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time (32)")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="reading processes (up to 8)")
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's processes share them
+    workers = max(1, min(16, cores))
+    parser.add_argument("--workers", type=int, default=workers, help="reading processes (one per core, 16 at most)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of --weights random (0)")
     args = parser.parse_args()

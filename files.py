@@ -78,9 +78,9 @@ def lock(folder, wait=False):
     return file
 
 
-def png_bytes(image):
+def png_bytes(image, **options):
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", **options)
     return buffer.getbuffer()
 
 

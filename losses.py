@@ -51,5 +51,7 @@ def segmentation_loss(logits, labels, ignore=255):
     logits: (B, C, H, W); labels: (B, H, W) integer train ids, `ignore` where void. Computed in float32 at least.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore, reduction="sum")
+    pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, H, W) -> (B*H*W, C), without a copy in channels_last
+    # Summed apart: cross entropy's own sum over images adds with atomics on CUDA, in no fixed order.
+    total = F.cross_entropy(pixels, labels.long().flatten(), ignore_index=ignore, reduction="none").sum()
     return total / (labels != ignore).sum().clamp(min=1)

@@ -36,23 +36,48 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         return super().forward(x)
 
 
-def pad(x, sides, mode):
-    """F.pad in the precision that x has: a CPU's autocast would copy to float32 and back."""
-    if x.device.type != "cpu":
-        return F.pad(x, sides, mode)
-    with torch.autocast("cpu", enabled=False):
-        return F.pad(x, sides, mode)
+class ReflectPad2d(torch.autograd.Function):
+    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n): F.pad's values, in the memory format of x.
+
+    CUDA's own kernel returns the default format whatever it gets, which costs a network in channels_last a copy before
+    and after it, and its backward adds with atomics, in no fixed order. Strips of the border are copied here instead.
+    """
+
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n = n
+        for dim in (3, 2):
+            before, after = x.narrow(dim, 1, n), x.narrow(dim, x.shape[dim] - 1 - n, n)
+            x = torch.cat([before.flip(dim), x, after.flip(dim)], dim)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        n = ctx.n
+        for dim in (2, 3):
+            size = gradient.shape[dim] - 2 * n
+            inner = gradient.narrow(dim, n, size).clone()
+            inner.narrow(dim, 1, n).add_(gradient.narrow(dim, 0, n).flip(dim))
+            inner.narrow(dim, size - 1 - n, n).add_(gradient.narrow(dim, n + size, n).flip(dim))
+            gradient = inner
+        return gradient, None
+
+
+def reflect_pad(x, n):
+    """Mirror n pixels beyond each border, in the precision and, on CUDA, in the memory format of x."""
+    if x.device.type == "cpu":  # where autocast would copy to float32 and back, and F.pad is the faster one
+        with torch.autocast("cpu", enabled=False):
+            return F.pad(x, (n,) * 4, "reflect")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return ReflectPad2d.apply(x, n)
+    return F.pad(x, (n,) * 4, "reflect")  # one operator, which exports
 
 
 class ReflectConv2d(nn.Conv2d):
     """A convolution that mirrors what it needs beyond the border and keeps the size; kernel_size is odd."""
 
-    def __init__(self, in_channels, out_channels, kernel_size):
-        super().__init__(in_channels, out_channels, kernel_size)
-        self.border = (kernel_size // 2,) * 4
-
     def forward(self, x):
-        return super().forward(pad(x, self.border, "reflect"))
+        return super().forward(reflect_pad(x, self.kernel_size[0] // 2))
 
 
 class Downsample(nn.Module):
@@ -67,7 +92,7 @@ class Downsample(nn.Module):
         self.register_buffer("kernel", kernel.outer(kernel).expand(channels, 1, 3, 3).clone(), persistent=False)
 
     def forward(self, x):
-        return F.conv2d(pad(x, (1, 1, 1, 1), "reflect"), self.kernel.to(x.dtype), stride=2, groups=x.shape[1])
+        return F.conv2d(reflect_pad(x, 1), self.kernel.to(x.dtype), stride=2, groups=x.shape[1])
 
 
 class Upsample(nn.Module):
@@ -82,7 +107,8 @@ class Upsample(nn.Module):
         self.register_buffer("kernel", kernel.outer(kernel).expand(channels, 1, 3, 3).clone(), persistent=False)
 
     def forward(self, x, output_size):
-        x = pad(x, (0, 1, 0, 1), "replicate")  # the right neighbour of the last pixel
+        x = torch.cat([x, x[..., -1:]], dim=3)  # the last pixel's neighbour on the right, and below
+        x = torch.cat([x, x[..., -1:, :]], dim=2)
         x = F.conv_transpose2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])
         return x[..., : output_size[0], : output_size[1]]
 

@@ -87,13 +87,12 @@ case $SETTINGS in
         small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
         segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
         adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
-        workers=0
+        readers=(--workers 0)
         ;;
     paper) # every setting is the scripts' default; CLADA goes on from FastCUT-L5's task model
         FID_WEIGHTS=${FID_WEIGHTS:-published}
         translate=400000 segment=120000 adapt=20000 start=fastcut_l5
-        common=() translator=() segmenter=() adapter=()
-        workers=4
+        common=(--cache "$OUT/frames") translator=() segmenter=() adapter=() readers=()
         ;;
     *) fail "SETTINGS is $SETTINGS: paper or demo" ;;
 esac
@@ -146,11 +145,11 @@ adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
 }
 evaluate() { # MODEL NAME
     run_on_all evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
-        --out "$OUT/results/table2.csv" --workers $workers --skip-done "${exclude[@]}"
+        --out "$OUT/results/table2.csv" --skip-done "${readers[@]}" "${exclude[@]}"
 }
 distance() { # MODEL FOLDER
-    run_on_all fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" --workers $workers \
-        --name "$1" --out "$OUT/results/distances.csv" "${exclude[@]}"
+    run_on_all fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" \
+        --name "$1" --out "$OUT/results/distances.csv" "${readers[@]}" "${exclude[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,9 +176,10 @@ else
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
         --name Source --out "$OUT/results/distances.csv" "${exclude[@]}"
-    # A translated frame of 1024x563 takes about 1 MiB as PNG; checkpoints and weights about 1 GiB a method.
-    frames=$({ find -L "$(photos_of "$SOURCE")" -type f 2>/dev/null || true; } | wc -l)
-    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + 2048)) free=$(df --output=avail -m "$OUT" | tail -n 1)
+    # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
+    count() { { find -L "$(photos_of "$1")" -type f 2>/dev/null || true; } | wc -l; }
+    frames=$(count "$SOURCE") photos=$(count "$TARGET") free=$(df --output=avail -m "$OUT" | tail -n 1)
+    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + frames + photos + 2048))
     held=$({ du -sm "$OUT" 2>/dev/null || true; } | cut -f 1) # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi
@@ -199,7 +199,7 @@ for method in $METHODS; do
     train_translator "$method"
     title "Stage 2: the source set through $model"
     run_on_all translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
-        --workers $workers "${exclude[@]}"
+        "${readers[@]}" "${exclude[@]}"
     distance "$model" "$OUT/translated/$method/images"
     title "Stage 3: the task model on $model's translations"
     train_segmenter "$method" "$OUT/translated/$method" $segment

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import files
+
+log = logging.getLogger("runtime")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command lines and errors
@@ -127,8 +131,25 @@ def parser(description, commands):
 
 def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default)")
-    parser.add_argument("--workers", type=few, default=4, help="processes that load images (default 4)")
+    parser.add_argument(
+        "--workers", type=few, default=default_workers(), help="processes that load images (default: one per core, 16 at most)"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of all that is random (default 0)")
+
+
+def default_workers():
+    """One process per core that this process may use, 16 at most; under torchrun, divided by the processes of this machine."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
+def add_precision_argument(parser):
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="bf16: bfloat16 autocast; fp32: float32, on CUDA with TF32 in convolutions; auto (default): bf16 on hardware "
+        "that computes it, else fp32",
+    )
 
 
 def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
@@ -145,8 +166,12 @@ def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
     )
     parser.add_argument("--width", type=positive_int, default=1024, help="frames are resized to it first (default 1024)")
     parser.add_argument("--lr", type=positive, default=lr, help=f"Adam's learning rate (default {lr})")
+    add_precision_argument(parser)
     parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the hardware has it"
+        "--deterministic", action="store_true", help="on CUDA: the same run gives the same result to the bit, more slowly"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep frames resized to --width there, losslessly, to decode them faster"
     )
     parser.add_argument("--log-every", type=positive_int, default=100, metavar="N", help="a row of log.csv (default 100)")
     parser.add_argument(
@@ -158,25 +183,68 @@ def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
     add_device_arguments(parser)
 
 
-def pick_device(name):
-    """--device -> torch.device, with the settings that make it fast. ValueError for one that this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU for each process of a node
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from error
-    if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # NCCL's, and of what names none
-        torch.backends.cudnn.benchmark = True  # crops have one size, and whole frames few
-        torch.backends.cudnn.allow_tf32 = True  # convolutions alone: PatchNCE's products need float32's digits
+def pick_device(name, tf32=False, deterministic=False):
+    """--device -> torch.device, after a trial computation there. "auto" is CUDA, or the CPU where that cannot be used.
+
+    tf32: let CUDA round what convolutions multiply to TF32's 10 bits; matrix products keep float32, which PatchNCE needs.
+    deterministic: take CUDA's deterministic algorithms, and cuDNN's by rule instead of by timing them.
+    Raises ValueError for a device that is not there or does not compute, with the reason and what to install.
+    """
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic  # pays since crops have one size, and whole frames few
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+    if name == "auto" and not (torch.cuda.is_available() or _nvidia_gpu_present()):
+        name = "cpu"
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ:  # torchrun's: one GPU for each process of a machine
+        device, problem = _try_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    else:
+        device, problem = _try_device("cuda" if name == "auto" else name)
+    if problem and name == "auto":
+        log.warning("--device auto: the CPU, since the GPU cannot be used: %s", problem)
+        device = torch.device("cpu")
+    elif problem:
+        raise ValueError(f"--device {name}: {problem}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # the default for NCCL and for a bare "cuda"
     if device.type == "cpu":
         _keep_freed_memory()
     return device
+
+
+def _try_device(name):
+    """(torch.device, "") if it adds one and one, else (None, what is wrong and what to install)."""
+    try:
+        device = torch.device(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what it then raises
+            if torch.ones(1, device=device).add(1).item() == 2:
+                return device, ""
+        reason = "it computes wrong results"
+    except torch.OutOfMemoryError as error:  # not a reason to train on the CPU
+        raise ValueError(f"--device {name}: other processes fill its memory ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    if name.partition(":")[0] != "cuda":
+        return None, "not supported; cpu, cuda, cuda:1, ... are"
+    if torch.version.cuda is None:
+        return None, "this torch is built for CPUs alone: install one for CUDA, see https://pytorch.org/get-started/locally"
+    cards = f" and a card among {' '.join(torch.cuda.get_arch_list())}" if torch.cuda.is_available() else ""
+    needs = f"torch {torch.__version__} needs an NVIDIA driver for CUDA {torch.version.cuda}{cards}"
+    return None, f"{reason} ({needs}; other builds: https://pytorch.org/get-started/previous-versions)"
+
+
+def _nvidia_gpu_present():
+    """Is an NVIDIA GPU on the PCI bus, and not hidden by CUDA_VISIBLE_DEVICES?"""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
+    for folder in PCI_DEVICES.glob("*"):
+        with contextlib.suppress(OSError):
+            vendor, kind = ((folder / name).read_text() for name in ("vendor", "class"))
+            if vendor.startswith("0x10de") and kind.startswith("0x03"):  # NVIDIA; a display or 3D controller
+                return True
+    return False
 
 
 def _keep_freed_memory():
@@ -204,9 +272,10 @@ def pick_precision(name, device):
     """--precision -> "fp32" or "bf16"; auto is bf16 only where the hardware computes it, not where it is emulated."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.info("--precision auto: fp32, since %s does not compute bf16", torch.cuda.get_device_name(device))
+        return "fp32"
+    return "bf16" if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def autocast(device, precision):
@@ -279,7 +348,7 @@ def update(optimizer, loss):
     """One step of an optimiser down the gradient of its loss, which is averaged over all processes as it is computed."""
     if processes() > 1:
         loss = _averaging(optimizer)(loss)
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=processes() == 1)
     loss.backward()
     optimizer.step()
 
@@ -289,13 +358,18 @@ def _averaging(optimizer):
 
     Not around the networks: a step of CUT runs one network several times, calls more than its forward(), and takes
     gradients through a discriminator that are not the discriminator's. Made anew when parameters are frozen or thawed.
+    Gradients are views of what is exchanged, in their parameters' layout, and stay: nothing is copied there and back.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     held = [id(p) for p in trained]
     if getattr(optimizer, "held", None) != held:
+        optimizer.zero_grad()
+        for p in trained:
+            p.grad = torch.zeros_like(p)
         passes = torch.nn.Identity()
         passes.held = torch.nn.ParameterList(trained)
-        optimizer.held, optimizer.averaging = held, DistributedDataParallel(passes, init_sync=False)
+        averaging = DistributedDataParallel(passes, init_sync=False, gradient_as_bucket_view=True)
+        optimizer.held, optimizer.averaging = held, averaging
     return optimizer.averaging
 
 

@@ -72,11 +72,12 @@ def main():
     optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
     run.restore(frames={"data": frames}, segmenter=segmenter, optimizer=optimizer)
 
-    dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True)
+    dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
     for iteration, (images, labels) in run.iterations(dataset):
         frozen = iteration < args.freeze_iterations
         if segmenter.encoder_frozen != frozen:
             segmenter.freeze_encoder(frozen)
+            run.warm_up()
         lr = learning_rate(iteration, args.iterations, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -210,8 +210,8 @@ def main():
     run.restore(frames={"source": source, "target": target}, **translation.state)
 
     dataset = StackDataset(
-        data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0),
-        data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1),
+        data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, cache=args.cache),
+        data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1, cache=args.cache),
     )
     layout = runtime.translator_layout(run.device)
     for iteration, batch in run.iterations(dataset):

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import signal
 import statistics
@@ -33,7 +34,19 @@ import files
 import runtime
 
 # Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
-FREE_ARGUMENTS = {"out", "device", "workers", "log_every", "save_every", "check", "restart", "exclude"}
+FREE_ARGUMENTS = {
+    "out",
+    "device",
+    "workers",
+    "log_every",
+    "save_every",
+    "check",
+    "restart",
+    "exclude",
+    "cache",
+    "deterministic",
+}
+WARM_UP = 3  # steps in which cuDNN tries algorithms, with workspaces that no later step needs
 
 
 def _quoted(value):
@@ -47,13 +60,15 @@ class Run:
 
     def __init__(self, args):
         self.args, self.out = args, args.out
-        self.device = runtime.pick_device(args.device)
+        self.device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
         runtime.join_processes(self.device)
         args.processes = runtime.processes()
         self.checkpoint = self.out / "checkpoint.pt"
         if args.crop_size[1] > args.width:
             raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames, which --width {args.width} makes")
-        files.check_out(self.out, *(getattr(args, name, None) for name in ("source", "target", "data", "segmenter")))
+        inputs = [getattr(args, name, None) for name in ("source", "target", "data", "segmenter")]
+        files.check_out(self.out, *inputs)
+        files.check_out(args.cache or os.devnull, *inputs, flag="--cache")
         self._read_stored()
         if args.precision == "auto":
             args.precision = self.stored.get("precision") or runtime.pick_precision("auto", self.device)
@@ -106,6 +121,9 @@ class Run:
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
             files.clear_parts(self.out / "samples")
+            if self.args.cache:
+                self.args.cache.mkdir(parents=True, exist_ok=True)
+                files.clear_parts(self.args.cache)
         runtime.wait()
         if self.checkpoint.is_file():
             self._load()
@@ -122,7 +140,7 @@ class Run:
                     of_process = isinstance(part, OfProcess)
                     part.load_state_dict(saved["state"][name][runtime.rank()] if of_process else saved["state"][name])
                     if isinstance(part, torch.optim.Optimizer):
-                        _check_moments(part)
+                        _match_layout(part)
                 self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
                 self.sums = {str(name): total.reshape(()) for name, total in saved["sums"][runtime.rank()].items()}
                 if not (type(self.iteration) is type(self.steps_summed) is int and 0 <= self.iteration <= self.args.iterations):
@@ -130,7 +148,7 @@ class Run:
                 rows = files.read_csv(self.out / "log.csv")
                 self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
                 for row in self.rows:
-                    float(row["seconds_per_iteration"]), int(row["peak_memory_mib"])
+                    float(row["seconds_per_iteration"]), float(row.get("wait_seconds") or 0), int(row["peak_memory_mib"] or 0)
             except Exception as error:  # a damaged file raises whatever its bytes happen to mean
                 raise ValueError(
                     f"{self.checkpoint}: not a checkpoint of this run, or log.csv beside it is damaged "
@@ -156,15 +174,17 @@ class Run:
             dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=runtime.ignore_interrupts
         )
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.interval_start, self.steps_timed = time.perf_counter(), 0  # a resumed interval is timed from here on
+        self.clock = StepClock(self.device)
+        self.warm_up()
         with _caught_signals() as signals, bar:
             for batch in loader:
                 torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
-                yield self.iteration, _to_device(batch, self.device)
+                batch = _to_device(batch, self.device)
+                self.clock.enter("step")
+                yield self.iteration, batch
+                self.clock.enter("other")
                 self.iteration += 1
-                self.steps_timed += 1
+                self._count_warm_up()
                 last = self.iteration == args.iterations
                 if last or self.iteration % args.log_every == 0:
                     self._write_log()
@@ -174,6 +194,17 @@ class Run:
                 if signalled and not last:
                     sys.exit(128 + signalled)
                 bar.update()
+                self.clock.enter("wait")
+
+    def warm_up(self):
+        """The next steps are the first of their kind: on CUDA, their peak memory is not the run's."""
+        self.warming_up = WARM_UP if self.device.type == "cuda" else 0
+
+    def _count_warm_up(self):
+        if self.warming_up > 0:
+            self.warming_up -= 1
+            if self.warming_up == 0:
+                torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def saves_next(self):
@@ -195,17 +226,18 @@ class Run:
         self.values = values
 
     def _write_log(self):
-        means = self._finite_means()  # waits for the device, so that the time below is that of finished steps
-        seconds = (time.perf_counter() - self.interval_start) / self.steps_timed
+        means = self._finite_means()
+        seconds, wait = self.clock.read()
+        peak = "" if self.warming_up else f"{peak_memory_mib(self.device):.0f}"
         self._finite_state()
         self.rows.append(
             {"iteration": self.iteration}
             | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
-            | {"seconds_per_iteration": f"{seconds:.4f}", "peak_memory_mib": f"{peak_memory_mib(self.device):.0f}"}
+            | {"seconds_per_iteration": f"{seconds:.5f}", "wait_seconds": f"{wait:.5f}", "peak_memory_mib": peak}
         )
         if runtime.is_first():
             files.write_csv(self.out / "log.csv", self.rows)
-        self.sums, self.steps_summed, self.steps_timed, self.interval_start = {}, 0, 0, time.perf_counter()
+        self.sums, self.steps_summed = {}, 0
 
     def _finite_means(self):
         if not self.sums:
@@ -234,7 +266,6 @@ class Run:
 
     def save(self):
         """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
-        start = time.perf_counter()
         self._finite_means()
         state = self._finite_state()
         for name, part in self.state.items():
@@ -244,32 +275,68 @@ class Run:
         content |= {"sums": _gathered(self.sums), "steps_summed": self.steps_summed}
         if runtime.is_first():
             files.write_whole(self.checkpoint, torch_bytes(content))
-        self.interval_start += time.perf_counter() - start  # saving is no part of a step
 
     def save_grid(self, *columns):
         """Images (B, 3, h, w) in [0, 1], a column each and a row a sample -> samples/ITERATION.png."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
+        self.clock.enter("other")
         rows = torch.stack([c.detach().float().cpu().clamp(0, 1) for c in columns], dim=1).flatten(0, 1)
         grid = to_pil_image(make_grid(rows, nrow=len(columns)))
         files.write_whole(self.out / "samples" / f"{self.iteration + 1:07d}.png", files.png_bytes(grid))
-        self.interval_start += time.perf_counter() - start
 
     def finish(self, weights, **summary):
         """Write summary.json and, last, weights.pt: the sign that the run is finished."""
         if not runtime.is_first():
             return
-        times = [float(row["seconds_per_iteration"]) for row in self.rows] or [0.0]
+        summary |= {"iterations": self.iteration}
+        for name in ("seconds_per_iteration", "wait_seconds"):
+            times = [float(row.get(name) or 0) for row in self.rows] or [0.0]
+            summary[name] = statistics.median(times[1:] or times)  # the first interval warms up
+        peaks = [int(row["peak_memory_mib"]) for row in self.rows if row["peak_memory_mib"]]
         summary |= {
-            "iterations": self.iteration,
-            "seconds_per_iteration": statistics.median(times[1:] or times),  # the first interval warms up
-            "peak_memory_mib": max((int(row["peak_memory_mib"]) for row in self.rows), default=0),
+            "peak_memory_mib": max(peaks, default=round(peak_memory_mib(self.device))),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
         files.write_json(self.out / "summary.json", summary)
         files.write_whole(self.out / "weights.pt", torch_bytes(weights))
+
+
+class StepClock:
+    """Times the phases of training: "step", the "wait" for the next batch, and "other" work, which is not reported.
+
+    On CUDA by events, read with the log's rows, so that no step waits for the device. A wait is then the device's: next to
+    nothing while it is behind the process that gives it work.
+    """
+
+    def __init__(self, device):
+        self.is_cuda = device.type == "cuda"
+        self.spans, self.phase = {"step": [], "wait": []}, "other"
+
+    def enter(self, phase):
+        """End the phase under way and begin another."""
+        now = self._mark()
+        if self.phase != "other":
+            self.spans[self.phase].append((self.since, now))
+        self.phase, self.since = phase, now
+
+    def read(self):
+        """Mean seconds of a step and of a wait since the last call; waits for the device."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        means = [sum(map(self._seconds, spans)) / max(1, len(spans)) for spans in self.spans.values()]
+        self.spans = {"step": [], "wait": []}
+        return means
+
+    def _mark(self):
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, span):
+        begin, end = span
+        return begin.elapsed_time(end) / 1e3 if self.is_cuda else end - begin
 
 
 def constant_then_linear(iteration, iterations, base):
@@ -311,12 +378,12 @@ def _plain(part):
 
 
 def not_finite(state, name=""):
-    """Names of the tensors in nested dicts and lists that hold nan or infinity; waits for the device once."""
+    """Names of the tensors in nested dicts and lists that hold nan or infinity; waits for the device once, or to name them."""
     named = [(key, tensor) for key, tensor in _tensors(state, name) if tensor.is_floating_point() and tensor.numel()]
-    if not named:
+    # The largest magnitude of all, in a few kernels: finite unless one of them is not, since a maximum does not overflow.
+    if torch.nn.utils.get_total_norm([tensor for _, tensor in named], torch.inf).isfinite():
         return []
-    extremes = torch.stack([value.double() for _, tensor in named for value in torch.aminmax(tensor.detach())])
-    return [key for (key, _), good in zip(named, extremes.isfinite().view(-1, 2).all(1).tolist(), strict=True) if not good]
+    return [key for key, tensor in named if not tensor.isfinite().all()]
 
 
 def _tensors(part, name):
@@ -331,12 +398,15 @@ class OfProcess:
     """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
 
 
-def _check_moments(optimizer):
-    """ValueError unless Adam's moments have their parameters' shapes, which load_state_dict does not look at."""
+def _match_layout(optimizer):
+    """Copy moments that were loaded into the memory format of their parameters.
+
+    load_state_dict keeps the format they were saved in. Where that is another, CPU against GPU or AVX2 against AVX-512,
+    the fused Adam pairs them with the wrong weights, or fails. RuntimeError for a moment of another shape.
+    """
     for parameter, moments in optimizer.state.items():
-        for name, moment in moments.items():
-            if moment.shape != (() if name == "step" else parameter.shape):
-                raise ValueError(f"{name} has another shape than its parameter")
+        for name in moments.keys() - {"step"}:
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 def _gathered(state):

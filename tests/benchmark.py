@@ -17,6 +17,7 @@ pytorch-fid) has the good of that, too. The translators' section takes 13 GiB.
 import argparse
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -199,11 +200,14 @@ def variants(args, device):
 
 def peak_memory(method, precision, device, size):
     """MiB that a few steps of a method take at most, beyond what the process had before; for a process of its own."""
-    before = training.peak_memory_mib(runtime.pick_device(str(device)))
+    before = training.peak_memory_mib(runtime.pick_device(str(device), tf32=True))
     train_translator.POOL_SIZE = 2  # full at once; 50 images are 38 MiB a pool at 256x256
     step = translator_step(method, precision, device, size)
-    for _ in range(3):
-        step()
+    for turn in range(2):  # cuDNN tries algorithms in the first one, with workspaces that no later step needs
+        for _ in range(training.WARM_UP):
+            step()
+        if turn == 0 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     return training.peak_memory_mib(device) - (0 if device.type == "cuda" else before)
 
 
@@ -291,24 +295,34 @@ def translation(args, device, few=2, frames=18):
 
 
 def loading(args, device):
-    title("A pair of 1914x1052 and 2048x1024 PNGs, at width 1024, cropped to 400x400", "pairs/s", "a worker")
+    title("Samples of frames of 1914x1052 and 2048x1024, at width 1024, plain and from --cache", "samples/s", "a worker")
     with tempfile.TemporaryDirectory() as work:
         source, _ = draw(Path(work) / "game", "1052x1914", 8, 1)
         _, target = draw(Path(work) / "street", "1024x2048", 1, 8)
-        domains = [data.list_frames(folder, labelled=False) for folder in (source, target)]
-        for workers in (0, *range(1, (os.cpu_count() or 1) + 1)):
-            rates = []
-            for _ in range(args.repeats):
-                count = 32 * max(1, workers)
-                crops = [data.Crops(frames, 1024, (400, 400), count, 0, stream) for stream, frames in enumerate(domains)]
-                loader = iter(DataLoader(StackDataset(*crops), num_workers=workers))
-                for _ in range(8 * max(1, workers)):  # processes are up
-                    next(loader)
-                start = time.perf_counter()
-                left = sum(1 for _ in loader)
-                rates.append(left / (time.perf_counter() - start))
-            rate = statistics.median(rates)
-            row(f"{workers} workers" if workers else "in the process itself", f"{rate:.1f}", f"{rate / max(1, workers):.1f}")
+        source, target, kept = data.list_frames(source), data.list_frames(target), Path(work) / "kept"
+        kept.mkdir()
+        for cache, workers in itertools.product((None, kept), dict.fromkeys((1, len(os.sched_getaffinity(0))))):
+
+            def crops(frames, size, stream, labelled):
+                return data.Crops(frames, 1024, (size, size), 48 * workers, 0, stream, labelled, cache)  # noqa: B023
+
+            stages = {
+                "stage 1, both domains": StackDataset(crops(source, 400, 0, False), crops(target, 400, 1, False)),
+                "stage 3, source and label": crops(source, 512, 0, True),
+                "stage 4, source and label, target": StackDataset(crops(source, 512, 0, True), crops(target, 512, 1, False)),
+            }
+            for name, dataset in stages.items():
+                rates = []
+                for _ in range(args.repeats):
+                    loader = iter(DataLoader(dataset, num_workers=workers))
+                    for _ in range(8 * workers):  # processes are up, and every frame is kept
+                        next(loader)
+                    start = time.perf_counter()
+                    left = sum(1 for _ in loader)
+                    rates.append(left / (time.perf_counter() - start))
+                rate = statistics.median(rates)
+                name = f"{name}, {workers} worker{'s' * (workers > 1)}{', --cache' * bool(cache)}"
+                row(name, f"{rate:.1f}", f"{rate / workers:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,7 +433,7 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(unknown)}: {', '.join(SECTIONS)}")
-    device = runtime.pick_device(args.device)
+    device = runtime.pick_device(args.device, tf32=True)
     if args.precisions is None:
         args.precisions = list(dict.fromkeys(("fp32", runtime.pick_precision("auto", device))))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

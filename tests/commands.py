@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 VARIABLES = "SOURCE TARGET SETTINGS OUT METHODS SEED NPROC ITERATIONS_SCALE FID_WEIGHTS".split()
 VARIABLES += "TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
-MEASURED = ("seconds_per_iteration", "peak_memory_mib")
+MEASURED = ("seconds_per_iteration", "wait_seconds", "peak_memory_mib")
 
 # Python runs a module of this name before a script. This one notes who opens a label of a Cityscapes layout, and kills the
 # script's process group as it is about to rename a file for the nth time to the name that is given.

@@ -265,6 +265,42 @@ def test_two_domains_are_shuffled_apart_and_the_shorter_begins_again(tmp_path):
     assert names[0][:6] != names[0][6:] and names[0][:4] != names[1][:4]
 
 
+def test_cached_samples_are_the_same_to_the_bit(tmp_path):
+    """While the cache fills, when it is full, and with frames of the width already, which are not kept."""
+    frames = data.list_frames(write_gta5(tmp_path / "a", [(40, 60), (30, 50), (20, 36)]))
+    (tmp_path / "kept").mkdir()
+    plain, cached = (data.Crops(frames, 36, (16, 16), 9, labelled=True, cache=c) for c in (None, tmp_path / "kept"))
+    for k in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(plain[k], cached[k], strict=True))
+    kept = sorted((tmp_path / "kept").iterdir())
+    assert len(kept) == 4 and {Image.open(path).width for path in kept} == {36}
+    for path in kept:
+        Image.fromarray(np.zeros_like(Image.open(path))).save(path)
+    assert sorted(cached[k][0].any().item() for k in range(3)) == [False, False, True]  # they are what is read
+
+
+def test_a_cache_follows_a_frame_that_changes_and_one_that_moves(tmp_path):
+    path, kept = write_gta5(tmp_path / "a", [(40, 60)]) / "images" / "00000.png", tmp_path / "kept"
+    kept.mkdir()
+    data.load_at_width(path, 30, cache=kept)
+    (tmp_path / "a").rename(tmp_path / "b")
+    path = tmp_path / "b" / "images" / "00000.png"
+    data.load_at_width(path, 30, cache=kept)
+    assert len(list(kept.iterdir())) == 1
+    Image.fromarray(draw_pair(5, 40, 60)[0]).save(path)
+    assert torch.equal(data.load_at_width(path, 30, cache=kept), data.load_at_width(path, 30))
+    data.load_at_width(path, 20, cache=kept)
+    assert len(list(kept.iterdir())) == 3  # as it was, as it is, at another width
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    path, kept = write_gta5(tmp_path / "a", [(40, 60)]) / "images" / "00000.png", tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert torch.equal(data.load_at_width(path, 30, cache=kept), data.load_at_width(path, 30))
+    assert not list(kept.iterdir())
+
+
 def test_a_crop_larger_than_a_frame_is_refused_by_name(tmp_path):
     crops = data.Crops(data.list_frames(write_gta5(tmp_path, [(20, 30)])), 30, (24, 24), 1)
     with pytest.raises(ValueError, match="00000.png: 30x20 .*--crop-size"):

@@ -314,8 +314,9 @@ def test_all_changed_arguments_are_listed(begun, monkeypatch, capsys):
 def test_arguments_that_do_not_matter_may_change(begun, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     begun[begun.index("--source") + 1] = os.path.relpath(begun[begun.index("--source") + 1])  # spelt in another way
-    words = [*begun, "--workers", 1, "--log-every", 1, "--save-every", 1, "--device", "auto"]
+    words = [*begun, "--workers", 1, "--log-every", 1, "--save-every", 1, "--device", "auto", "--cache", tmp_path / "kept"]
     assert call(monkeypatch, train_translator, words) == 0
+    assert list((tmp_path / "kept").glob("*.png"))
 
 
 def test_other_data_are_refused(begun, pair, monkeypatch, capsys, tmp_path):
@@ -520,11 +521,13 @@ def test_nonsense_in_a_flag_is_refused_by_its_name(pair, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("inside", ["", "runs/a"])
-def test_nothing_is_written_into_a_data_set(pair, monkeypatch, capsys, inside):
+def test_nothing_is_written_into_a_data_set(pair, tmp_path, monkeypatch, capsys, inside):
     module, words = stage("cut", pair)
     before = sorted(pair.rglob("*"))
     assert call(monkeypatch, module, [*words, "--out", pair / "target" / inside]) == 2
     assert "which is only read" in capsys.readouterr().err and sorted(pair.rglob("*")) == before
+    assert call(monkeypatch, module, [*words, "--out", tmp_path / "a", "--cache", pair / "target" / inside]) == 2
+    assert "--cache" in capsys.readouterr().err and sorted(pair.rglob("*")) == before
 
 
 # --- by hand: minutes

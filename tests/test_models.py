@@ -321,12 +321,26 @@ def test_depthwise_convolution_is_the_packages_and_in_float32_on_a_cpu(kernel, s
         assert not torch.equal(theirs(x), expected.bfloat16())  # the weights, too, would be rounded
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate"])
-def test_autocast_pads_as_it_is(mode):
+def test_autocast_pads_as_it_is():
     x = torch.randn(1, 2, 5, 6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        padded = models.pad(x, (3, 2, 1, 0), mode)
-    assert padded.dtype == torch.bfloat16 and torch.equal(padded, F.pad(x, (3, 2, 1, 0), mode))
+        padded = models.reflect_pad(x, 3)
+    assert padded.dtype == torch.bfloat16 and torch.equal(padded, F.pad(x, (3, 3, 3, 3), "reflect"))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("n", "size"), [(1, (2, 2)), (1, (9, 8)), (3, (4, 4)), (3, (7, 16))])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cudas_reflection_padding_is_torchs_and_keeps_the_layout(layout, n, size, batch):
+    x = torch.randn(batch, 5, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    expected, padded = F.pad(x, (n,) * 4, "reflect"), models.ReflectPad2d.apply(x, n)
+    assert torch.equal(padded, expected) and padded.is_contiguous(memory_format=layout)
+    towards = torch.randn_like(expected)
+    given = towards.clone()
+    (gradient,) = torch.autograd.grad(padded, x, towards)
+    assert torch.equal(towards, given) and gradient.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, x, given)[0], rtol=1e-15, atol=2e-15)
+    assert torch.autograd.gradgradcheck(lambda x: models.ReflectPad2d.apply(x, n), x)
 
 
 def test_encoder_weights_come_from_a_file(tmp_path):

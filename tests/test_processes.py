@@ -78,6 +78,7 @@ def test_two_processes_are_one_with_twice_the_batch(pair, tmp_path):
         command = [sys.executable] if start is run else []
         result = start(*command, tmp_path / "driver.py", json.dumps(todo), PYTHONPATH=str(ROOT), **ONE_THREAD)
         assert result.returncode == 0, result.stderr
+        assert "Grad strides do not match" not in result.stderr
     for kind in KINDS:
         one, two = (torch.load(tmp_path / name / kind / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
         assert one["iteration"] == two["iteration"] == 10
@@ -111,6 +112,26 @@ def test_processes_leave_their_group_before_they_end(tmp_path, last):
     (tmp_path / "driver.py").write_text(textwrap.dedent(text))
     result = torchrun(tmp_path / "driver.py", PYTHONPATH=str(ROOT))
     assert result.returncode == 0 and result.stderr.count("left") == 2, result.stderr
+
+
+def test_gradients_are_exchanged_in_their_parameters_layout(tmp_path):
+    """Where a side has length 1 a gradient's strides may be others, of which DistributedDataParallel warns, copying each."""
+    text = """
+        import torch, runtime
+
+        def main():
+            runtime.join_processes(torch.device("cpu"))
+            weight = torch.nn.Parameter(torch.zeros(4, 8, 1, 1).to(memory_format=torch.channels_last))
+            optimizer = runtime.adam([weight], lr=0.1)
+            for step in range(3):
+                runtime.update(optimizer, (weight * torch.full((4, 8, 1, 1), 1.0 + runtime.rank())).sum())
+                assert torch.equal(weight.grad, torch.full_like(weight, 1.5)) and weight.grad.stride() == weight.stride()
+
+        runtime.run_script(main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(text))
+    result = torchrun(tmp_path / "driver.py", PYTHONPATH=str(ROOT))
+    assert result.returncode == 0 and "strides" not in result.stderr, result.stderr
 
 
 @pytest.fixture(scope="module")
