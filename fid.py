@@ -434,7 +434,7 @@ def parse_arguments():
     if args.device is None:  # under torchrun each process of a node has a GPU of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=args.device)
+        torch.ones(1, device=args.device).add(1).item()  # a device may exist and not compute
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {args.device}: cannot be used here: {str(error).splitlines()[0]}")
     return args

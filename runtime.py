@@ -195,12 +195,14 @@ def pick_device(name, tf32=False, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
-    if name == "auto" and not (torch.cuda.is_available() or _nvidia_gpu_present()):
-        name = "cpu"
-    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ:  # torchrun's: one GPU for each process of a machine
-        device, problem = _try_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    else:
-        device, problem = _try_device("cuda" if name == "auto" else name)
+    wanted = name
+    if name in ("auto", "cuda"):  # under torchrun, one GPU for each process of a machine
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what it also raises
+        if name == "auto" and not (torch.cuda.is_available() or _nvidia_gpu_present()):
+            wanted = "cpu"
+        device, problem = _try_device(wanted)
     if problem and name == "auto":
         log.warning("--device auto: the CPU, since the GPU cannot be used: %s", problem)
         device = torch.device("cpu")
@@ -217,10 +219,8 @@ def _try_device(name):
     """(torch.device, "") if it adds one and one, else (None, what is wrong and what to install)."""
     try:
         device = torch.device(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of what it then raises
-            if torch.ones(1, device=device).add(1).item() == 2:
-                return device, ""
+        if torch.ones(1, device=device).add(1).item() == 2:
+            return device, ""
         reason = "it computes wrong results"
     except torch.OutOfMemoryError as error:  # not a reason to train on the CPU
         raise ValueError(f"--device {name}: other processes fill its memory ({str(error).splitlines()[0]})") from error

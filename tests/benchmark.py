@@ -255,7 +255,12 @@ def segmenters(args, device):
 def draw(out, size, source, target):
     """A pair of drawn domains; their folders."""
     words = ["--size", size, "--source-count", source, "--target-count", target, "--val-count", 1]
-    subprocess.run([sys.executable, ROOT / "make_demo_data.py", out, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, ROOT / "make_demo_data.py", out, *map(str, words)], check=True, **quiet)
+    rng = np.random.default_rng(0)
+    for path in (*out.glob("source/images/*"), *out.glob("target/leftImg8bit/*/*/*")):  # noise: about a byte per pixel as PNG
+        grain = rng.normal(0, 2.5, data.image_size(path)[::-1])[..., None]
+        Image.fromarray((np.asarray(Image.open(path)) + grain).clip(0, 255).astype(np.uint8)).save(path)
     return out / "source", out / "target"
 
 
