@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import files
+import loading
 import models
 import runtime
 import training
@@ -115,12 +115,12 @@ def evaluate(args):
         args.save_predictions.mkdir(parents=True, exist_ok=True)
     label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
-    options = {"num_workers": args.workers, "worker_init_fn": runtime.ignore_interrupts}
-    loader = DataLoader(data.Frames(frames, width), batch_size=None, **options)  # frames differ in size
-    bar = tqdm(loader, desc=str(args.segmenter), disable=not runtime.is_first())
-    for frame, (image, label) in zip(frames, bar, strict=True):
-        prediction = predict(segmenter, image.to(device), label.shape, autocast)
-        total += confusion_matrix(prediction, label.to(device)).cpu()
+    indices = [[i] for i in range(len(frames))]  # one at a time: frames differ in size
+    batches = loading.batches(data.Frames(frames, width), indices, args.workers, device, collate=list)
+    bar = tqdm(batches, desc=str(args.segmenter), total=len(frames), disable=not runtime.is_first())
+    for frame, [(image, label)] in zip(frames, bar, strict=True):
+        prediction = predict(segmenter, image, label.shape, autocast)
+        total += confusion_matrix(prediction, label).cpu()
         if args.save_predictions:  # label ids under the names that the Cityscapes server takes
             ids = Image.fromarray(label_ids[prediction.cpu().numpy()])
             files.write_whole(args.save_predictions / f"{frame.name}_pred_labelIds.png", files.png_bytes(ids))
@@ -178,9 +178,9 @@ def read_table(path):
 
 
 def table1(out):
-    """One row per translated data set: the distance that fid.py wrote, and what a step of its translator costs.
+    """One row per translated data set: the distance that fid.py wrote, and the cost of its translator's training.
 
-    That is seconds per iteration, without and beside them those of waiting for data, and peak memory.
+    Seconds of a step (without the wait for data), seconds of that wait, and peak memory.
     """
     path = out / "results" / "distances.csv"
     distances = {row.pop("model"): row for row in files.read_csv(path, *(["model"] if path.is_file() else []))}
@@ -301,16 +301,18 @@ def save_figure(path, titles, rows, legend=False):
 
 def parse_args():
     parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
-    parser.add_argument("--report", type=Path, metavar="OUT", help="write all tables and figures of an $OUT of run_all.sh")
-    parser.add_argument("--segmenter", type=Path, metavar="RUN", help="a finished run of stage 3 or 4")
+    parser.add_argument(
+        "--report", type=runtime.path, metavar="OUT", help="write all tables and figures of an $OUT of run_all.sh"
+    )
+    parser.add_argument("--segmenter", type=runtime.path, metavar="RUN", help="a finished run of stage 3 or 4")
     parser.add_argument("--data", metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
     parser.add_argument("--split", default="val", help="of a Cityscapes layout (default val)")
     parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="the table that gets the row")
+    parser.add_argument("--out", type=runtime.path, metavar="FILE.csv", help="the table that gets the row")
     parser.add_argument("--name", metavar="MODEL", help="of the row (default: the name of RUN)")
     parser.add_argument("--skip-done", action="store_true", help="do nothing if the table has RUN's row as it stands")
     parser.add_argument(
-        "--save-predictions", type=Path, metavar="DIR", help="write label ids as the Cityscapes server takes them"
+        "--save-predictions", type=runtime.path, metavar="DIR", help="write label ids as the Cityscapes server takes them"
     )
     parser.add_argument(
         "--precision",

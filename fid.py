@@ -431,12 +431,17 @@ def parse_arguments():
         fail(f"--save {args.save}: the name must end in .npz")
     if args.batch_size < 1 or not 0 <= args.workers <= 512 or not 0 <= args.seed < 2**63:
         fail("--batch-size must be at least 1, --workers from 0 to 512, --seed between 0 and 2^63 - 1")
-    if args.device is None:  # under torchrun each process of a node has a GPU of its own
+    is_default = args.device is None
+    if is_default:  # under torchrun each process of a node has a GPU of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=args.device).add(1).item()  # a device may exist and not compute
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {args.device}: cannot be used here: {str(error).splitlines()[0]}")
+        reason = f"--device {args.device}: cannot be used here: {str(error).splitlines()[0]}"
+        if not is_default:
+            fail(reason)
+        print(f"fid.py: {reason}; using the CPU", file=sys.stderr)
+        args.device = "cpu"
     return args
 
 

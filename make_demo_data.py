@@ -16,7 +16,6 @@ import argparse
 import math
 import os
 import signal
-import sys
 from collections import namedtuple
 from functools import cache, partial
 from multiprocessing import Pool
@@ -594,8 +593,6 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
             files.clear_parts(folder)
         work = partial(write_frame, out=args.out, seed=args.seed, height=height, width=width)
-        # A pool does not end by itself with its parent: SIGTERM becomes an exception, which ends both.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         with Pool(initializer=leave_signals_to_the_parent) as pool:
             for _ in tqdm(pool.imap_unordered(work, frames, chunksize=4), total=len(frames), unit="frame", desc="demo data"):
                 pass

@@ -64,7 +64,7 @@ class ReflectPad2d(torch.autograd.Function):
 
 
 def reflect_pad(x, n):
-    """Mirror n pixels beyond each border, in the precision and, on CUDA, in the memory format of x."""
+    """Mirror n pixels beyond each border, in the precision of x and, where CUDA computes gradients, in its memory format."""
     if x.device.type == "cpu":  # where autocast would copy to float32 and back, and F.pad is the faster one
         with torch.autocast("cpu", enabled=False):
             return F.pad(x, (n,) * 4, "reflect")

@@ -13,6 +13,7 @@
 #   SEED               (0)
 #   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
 #   NPROC              processes a stage, by torchrun: one a GPU; batch sizes are per process (1)
+#   CACHE              folder for resized frames, which decode faster (paper: OUT/frames, 1 MiB per frame; empty: none)
 #   EXCLUDE            a file with names of frames to leave out, one a line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; paper: published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
@@ -92,11 +93,12 @@ case $SETTINGS in
     paper) # every setting is the scripts' default; CLADA goes on from FastCUT-L5's task model
         FID_WEIGHTS=${FID_WEIGHTS:-published}
         translate=400000 segment=120000 adapt=20000 start=fastcut_l5
-        common=(--cache "$OUT/frames") translator=() segmenter=() adapter=() readers=()
+        common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     *) fail "SETTINGS is $SETTINGS: paper or demo" ;;
 esac
 common+=(--seed "$SEED")
+[ -z "${CACHE:-}" ] || common+=(--cache "$CACHE")
 exclude=()
 if [ -n "${EXCLUDE:-}" ]; then
     [ -f "$EXCLUDE" ] || fail "EXCLUDE is $EXCLUDE: no such file"
@@ -177,9 +179,13 @@ else
     run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
         --name Source --out "$OUT/results/distances.csv" "${exclude[@]}"
     # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
-    count() { { find -L "$(photos_of "$1")" -type f 2>/dev/null || true; } | wc -l; }
-    frames=$(count "$SOURCE") photos=$(count "$TARGET") free=$(df --output=avail -m "$OUT" | tail -n 1)
-    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + frames + photos + 2048))
+    count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
+    frames=$(count "$(photos_of "$SOURCE")") kept=0 free=$(df --output=avail -m "$OUT" | tail -n 1)
+    if [ -n "${CACHE:-}" ]; then
+        kept=$((frames + $(count "$(photos_of "$TARGET")")))
+        [[ "${TRANSLATOR_ARGS:-}" != *train_extra* ]] || kept=$((kept + $(count "$TARGET/leftImg8bit/train_extra")))
+    fi
+    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + kept + 2048))
     held=$({ du -sm "$OUT" 2>/dev/null || true; } | cut -f 1) # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi

@@ -4,11 +4,14 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
 import io
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -26,59 +29,97 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def run_script(main):
-    """Call main(); what a user can cause becomes one line on stderr and an exit status.
+    """Call main(); what a user can cause becomes one line on stderr and an exit status, and no child process is left.
 
-    2 for bad input and for files that cannot be read or written (ValueError, OSError), 1 for a run that diverged
-    (FloatingPointError) or lacks memory. CLADA_TRACEBACK=1 in the environment shows where it came from.
+    2 for bad input and for files that cannot be read or written (ValueError, OSError); 1 for a run that diverged
+    (FloatingPointError), for too little memory and for a lost process; 130 and 143 after SIGINT and SIGTERM.
+    CLADA_TRACEBACK=1 in the environment shows where an error came from.
     """
+    _outlast_readers()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's: what all processes would say, the first one says
+    if torchrun("RANK", 0) > 0:  # what all processes would say, the first one says
         logging.disable()
         sys.stdout = open(os.devnull, "w")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
-    stopped = None
+    signal.signal(signal.SIGTERM, _interrupt)
+    status, together = 0, True
     try:
         main()
-    except SystemExit as stop:  # --check or a signal: of all processes, like a return
-        stopped = stop.code
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as stop:  # raised in every process, so shut down as after a normal return
+        status = stop.code
+    except KeyboardInterrupt as stop:
+        status, together = stop.args[0] if stop.args else 130, False
     except Exception as error:
-        status, text = _explained(error)
-        if status is None or os.environ.get("CLADA_TRACEBACK"):
-            raise
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(status)  # in its group, to leave which it might have to wait for others; its end is what they notice
-    if dist.is_initialized():
-        dist.destroy_process_group()  # else its threads abort the interpreter's end now and then
-    if stopped:
-        sys.exit(stopped)
+        (status, text), together = _explained(error), False
+        sys.unraisablehook = lambda _: None  # what is torn down half made has no more to say
+        if text is None or os.environ.get("CLADA_TRACEBACK"):
+            traceback.print_exc()
+        else:
+            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    _end_children()
+    if together and dist.is_initialized():
+        # Else gloo's threads abort the interpreter's end now and then. Alone it could block: others notice this exit.
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 def _explained(error):
-    """(exit status, one line) for an error that a user can cause, (None, "") for any other."""
-    text = str(error).strip() or type(error).__name__
-    if text.startswith("Caught ") and " worker process " in text:
-        # A DataLoader's worker sends its whole traceback as the message; the error itself comes last.
-        text = text.rpartition(f"\n{type(error).__name__}: ")[2]
-    line = files.one_line(text)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in NO_MEMORY):
+    """(exit status, one line) for an error that a user can cause, (1, None) for any other."""
+    text = files.one_line(str(error).strip() or type(error).__name__)
+    first = files.one_line(str(error).strip().partition("\n")[0])
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # the last is a CPU's
         return 1, "not enough memory: lower --batch-size, --crop-size, --width, --base-channels or --workers"
-    if isinstance(error, RuntimeError) and (text.startswith("DataLoader worker") or "shared memory" in text):
-        return 1, "a process that reads images was killed, most likely for lack of memory: lower --workers or --width"
-    if isinstance(error, RuntimeError) and dist.is_initialized() and any(words in text for words in NO_PEER):
-        return 1, "another process of this run stopped; its message says why"
-    if isinstance(error, FloatingPointError):
-        return 1, line
+    if isinstance(error, (FloatingPointError, ChildProcessError)):
+        return 1, text
+    if isinstance(error, OSError) and error.filename is None and error.errno in OUT_OF:
+        return 2, f"{error.strerror}: {OUT_OF[error.errno]}"
     if isinstance(error, (ValueError, OSError)):
-        return 2, line
-    return None, ""
+        return 2, text
+    if isinstance(error, RuntimeError) and processes() > 1:
+        return 1, f"another process of this run stopped, and says why; if none does, this one did ({first})"
+    return 1, None
 
 
-# What torch says when an allocation failed, or when it lost a process.
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED", "Cannot allocate memory")
-NO_PEER = ("Connection", "gloo", "NCCL", "Socket")
+OUT_OF = {  # what the system lacks where no file is named
+    errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
+    errno.EMFILE: "raise ulimit -n, or lower --workers",
+    errno.EAGAIN: "raise ulimit -u, or lower --workers",
+}
+
+
+class _Outlasting(io.FileIO):
+    """A file descriptor that drops what it cannot write."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def _outlast_readers():
+    """Lose output for which nobody is left (a closed pipe, a full disk), and not the work that it reports."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            raw = io.BufferedWriter(_Outlasting(stream.fileno(), "w", closefd=False))
+            # A file's name need not be UTF-8.
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt(128 + number)
+
+
+def _end_children():
+    """Kill the processes that read images: they leave signals to this one, and its exit would wait for them."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def torchrun(name, default):
+    """A number that torchrun has set in the environment; the default where it did not start this process."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
 
 
 def number(kind, least, most, what=None):
@@ -103,17 +144,23 @@ non_negative = number(float, 0, sys.float_info.max, "finite number from 0 up")
 share = number(float, 0, 1)
 
 
+def path(text):
+    """A path; an empty one, which would be the working directory, is a variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty, where a path is needed")
+    return Path(text)
+
+
 def real_path(text):
-    """However a folder is spelt, it is the same when a run is resumed."""
-    return os.path.realpath(text)
+    return os.path.realpath(path(text))
 
 
 def height_width(text):
     """ "400" or "256x512" (height x width) -> (height, width)."""
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is neither N nor HxW")
-    return (sides[0], sides[-1])
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor HxW, as 512 or 256x512")
+    return (int(sides[0]), int(sides[-1]))
 
 
 def parser(description, commands):
@@ -139,10 +186,14 @@ def add_device_arguments(parser):
 
 def default_workers():
     """One process per core that this process may use, 16 at most; under torchrun, divided by the processes of this machine."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // torchrun("LOCAL_WORLD_SIZE", 1)))
 
 
-def add_precision_argument(parser):
+def add_compute_arguments(parser):
+    """What training and translating share: how they compute."""
+    parser.add_argument(
+        "--deterministic", action="store_true", help="on CUDA: the same command gives the same result to the bit, more slowly"
+    )
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -154,7 +205,7 @@ def add_precision_argument(parser):
 
 def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
     """The arguments that every trainer has; the defaults are the paper's."""
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory; an unfinished one goes on")
+    parser.add_argument("--out", type=path, required=True, metavar="RUN", help="run directory; an unfinished one goes on")
     parser.add_argument("--iterations", type=positive_int, default=iterations, help=f"training steps (default {iterations})")
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help=f"(default {batch_size})")
     parser.add_argument(
@@ -166,12 +217,9 @@ def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
     )
     parser.add_argument("--width", type=positive_int, default=1024, help="frames are resized to it first (default 1024)")
     parser.add_argument("--lr", type=positive, default=lr, help=f"Adam's learning rate (default {lr})")
-    add_precision_argument(parser)
+    add_compute_arguments(parser)
     parser.add_argument(
-        "--deterministic", action="store_true", help="on CUDA: the same run gives the same result to the bit, more slowly"
-    )
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep frames resized to --width there, losslessly, to decode them faster"
+        "--cache", type=path, metavar="DIR", help="keep frames resized to --width there, losslessly, to decode them faster"
     )
     parser.add_argument("--log-every", type=positive_int, default=100, metavar="N", help="a row of log.csv (default 100)")
     parser.add_argument(
@@ -190,24 +238,25 @@ def pick_device(name, tf32=False, deterministic=False):
     deterministic: take CUDA's deterministic algorithms, and cuDNN's by rule instead of by timing them.
     Raises ValueError for a device that is not there or does not compute, with the reason and what to install.
     """
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32, False
     torch.backends.cudnn.benchmark = not deterministic  # pays since crops have one size, and whole frames few
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
-    wanted = name
+    wanted, index = name, torchrun("LOCAL_RANK", None)
     if name in ("auto", "cuda"):  # under torchrun, one GPU for each process of a machine
-        wanted = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        wanted = "cuda" if index is None else f"cuda:{index}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of what it also raises
         if name == "auto" and not (torch.cuda.is_available() or _nvidia_gpu_present()):
             wanted = "cpu"
         device, problem = _try_device(wanted)
-    if problem and name == "auto":
+        for_all = index is None or not torch.cuda.is_available()  # some on GPUs and some on the CPU would wait for ever
+    if problem and name == "auto" and for_all:
         log.warning("--device auto: the CPU, since the GPU cannot be used: %s", problem)
         device = torch.device("cpu")
     elif problem:
-        raise ValueError(f"--device {name}: {problem}")
+        raise ValueError(f"--device {wanted}: {problem}")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # the default for NCCL and for a bare "cuda"
     if device.type == "cpu":
@@ -216,22 +265,30 @@ def pick_device(name, tf32=False, deterministic=False):
 
 
 def _try_device(name):
-    """(torch.device, "") if it adds one and one, else (None, what is wrong and what to install)."""
+    """(torch.device, "") if it adds one and one, else (None, what is wrong and what to do).
+
+    Raises ValueError for a GPU that is only busy: no reason to train on the CPU.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
+        return None, "not supported; cpu, cuda, cuda:1, ... are"
     try:
         device = torch.device(name)
         if torch.ones(1, device=device).add(1).item() == 2:
             return device, ""
         reason = "it computes wrong results"
-    except torch.OutOfMemoryError as error:  # not a reason to train on the CPU
-        raise ValueError(f"--device {name}: other processes fill its memory ({str(error).splitlines()[0]})") from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-    if name.partition(":")[0] != "cuda":
-        return None, "not supported; cpu, cuda, cuda:1, ... are"
-    if torch.version.cuda is None:
+    if "out of memory" in reason or "busy" in reason:
+        raise ValueError(f"--device {name}: other processes hold it ({reason})")
+    if torch.version.cuda is None and torch.version.hip is None:
         return None, "this torch is built for CPUs alone: install one for CUDA, see https://pytorch.org/get-started/locally"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if int(index or 0) >= torch.cuda.device_count() > 0 or (visible is not None and torch.cuda.device_count() == 0):
+        seen = f"; CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else ""
+        return None, f"there are {torch.cuda.device_count()} GPUs for this process{seen} ({reason})"
     cards = f" and a card among {' '.join(torch.cuda.get_arch_list())}" if torch.cuda.is_available() else ""
-    needs = f"torch {torch.__version__} needs an NVIDIA driver for CUDA {torch.version.cuda}{cards}"
+    needs = f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}{cards}"
     return None, f"{reason} ({needs}; other builds: https://pytorch.org/get-started/previous-versions)"
 
 
@@ -288,7 +345,7 @@ def autocast(device, precision):
 
 def join_processes(device):
     """Under torchrun: meet the other processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if torchrun("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             # Restarted processes find the addresses of their dead predecessors in it, and wait for them for half an hour.

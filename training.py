@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -25,13 +26,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import files
+import loading
 import runtime
+
+log = logging.getLogger("training")
 
 # Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
 FREE_ARGUMENTS = {
@@ -121,9 +124,12 @@ class Run:
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
             files.clear_parts(self.out / "samples")
-            if self.args.cache:
-                self.args.cache.mkdir(parents=True, exist_ok=True)
+        if self.args.cache:  # which each machine may have its own of
+            self.args.cache.mkdir(parents=True, exist_ok=True)
+            if os.access(self.args.cache, os.W_OK):
                 files.clear_parts(self.args.cache)
+            else:
+                log.warning("--cache %s: cannot be written, so that nothing is kept there", self.args.cache)
         runtime.wait()
         if self.checkpoint.is_file():
             self._load()
@@ -168,21 +174,18 @@ class Run:
 
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the steps that are left; logs, saves, and stops on signals."""
-        args, cuda = self.args, self.device.type == "cuda"
-        batches = _Batches(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
-        loader = DataLoader(
-            dataset, batch_sampler=batches, num_workers=args.workers, pin_memory=cuda, worker_init_fn=runtime.ignore_interrupts
-        )
+        args = self.args
+        indices = _Batches(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
+        batches = loading.batches(dataset, indices, args.workers, self.device)
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
         self.clock = StepClock(self.device)
         self.warm_up()
         with _caught_signals() as signals, bar:
-            for batch in loader:
+            for batch in batches:
                 torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
-                batch = _to_device(batch, self.device)
                 self.clock.enter("step")
                 yield self.iteration, batch
-                self.clock.enter("other")
+                self.clock.enter("wait")
                 self.iteration += 1
                 self._count_warm_up()
                 last = self.iteration == args.iterations
@@ -194,16 +197,15 @@ class Run:
                 if signalled and not last:
                     sys.exit(128 + signalled)
                 bar.update()
-                self.clock.enter("wait")
 
     def warm_up(self):
         """The next steps are the first of their kind: on CUDA, their peak memory is not the run's."""
-        self.warming_up = WARM_UP if self.device.type == "cuda" else 0
+        self.warming_up = WARM_UP + 1 if self.device.type == "cuda" else 0  # and one step more, which is measured
 
     def _count_warm_up(self):
         if self.warming_up > 0:
             self.warming_up -= 1
-            if self.warming_up == 0:
+            if self.warming_up == 1:
                 torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
@@ -226,6 +228,7 @@ class Run:
         self.values = values
 
     def _write_log(self):
+        self.clock.enter("other")
         means = self._finite_means()
         seconds, wait = self.clock.read()
         peak = "" if self.warming_up else f"{peak_memory_mib(self.device):.0f}"
@@ -238,6 +241,7 @@ class Run:
         if runtime.is_first():
             files.write_csv(self.out / "log.csv", self.rows)
         self.sums, self.steps_summed = {}, 0
+        self.clock.enter("wait")
 
     def _finite_means(self):
         if not self.sums:
@@ -266,6 +270,7 @@ class Run:
 
     def save(self):
         """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
+        self.clock.enter("other")
         self._finite_means()
         state = self._finite_state()
         for name, part in self.state.items():
@@ -275,6 +280,7 @@ class Run:
         content |= {"sums": _gathered(self.sums), "steps_summed": self.steps_summed}
         if runtime.is_first():
             files.write_whole(self.checkpoint, torch_bytes(content))
+        self.clock.enter("wait")
 
     def save_grid(self, *columns):
         """Images (B, 3, h, w) in [0, 1], a column each and a row a sample -> samples/ITERATION.png."""
@@ -288,8 +294,9 @@ class Run:
         if not runtime.is_first():
             return
         summary |= {"iterations": self.iteration}
+        rows = [row for row in self.rows if row.get("wait_seconds")]  # older ones counted it as a part of the step
         for name in ("seconds_per_iteration", "wait_seconds"):
-            times = [float(row.get(name) or 0) for row in self.rows] or [0.0]
+            times = [float(row[name]) for row in rows] or [0.0]
             summary[name] = statistics.median(times[1:] or times)  # the first interval warms up
         peaks = [int(row["peak_memory_mib"]) for row in self.rows if row["peak_memory_mib"]]
         summary |= {
@@ -320,10 +327,10 @@ class StepClock:
         self.phase, self.since = phase, now
 
     def read(self):
-        """Mean seconds of a step and of a wait since the last call; waits for the device."""
+        """Mean seconds of a step, and of waiting per step, since the last call; waits for the device."""
         if self.is_cuda:
             torch.cuda.synchronize()
-        means = [sum(map(self._seconds, spans)) / max(1, len(spans)) for spans in self.spans.values()]
+        means = [sum(map(self._seconds, spans)) / max(1, len(self.spans["step"])) for spans in self.spans.values()]
         self.spans = {"step": [], "wait": []}
         return means
 
@@ -402,10 +409,12 @@ def _match_layout(optimizer):
     """Copy moments that were loaded into the memory format of their parameters.
 
     load_state_dict keeps the format they were saved in. Where that is another, CPU against GPU or AVX2 against AVX-512,
-    the fused Adam pairs them with the wrong weights, or fails. RuntimeError for a moment of another shape.
+    the fused Adam pairs them with the wrong weights, or fails. ValueError for a moment of another shape.
     """
     for parameter, moments in optimizer.state.items():
         for name in moments.keys() - {"step"}:
+            if moments[name].shape != parameter.shape:
+                raise ValueError(f"{name} has another shape than its parameter")
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
@@ -459,12 +468,6 @@ def _caught_signals():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _to_device(batch, device):
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    return [_to_device(part, device) for part in batch]
 
 
 def peak_memory_mib(device):

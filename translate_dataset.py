@@ -10,24 +10,23 @@ is resumed by the same command.
 import collections
 import hashlib
 import itertools
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
 import files
+import loading
 import models
 import runtime
 import training
 
-WRITERS = len(os.sched_getaffinity(0))  # threads that encode PNG files, one per core: a GPU translates faster than one does
+WRITERS = runtime.default_workers()  # threads that encode PNG files: a GPU translates faster than one does
 
 
 def parse_args():
@@ -36,12 +35,14 @@ def parse_args():
         "--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
     )
     parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
-    parser.add_argument("--translator", type=Path, required=True, metavar="RUN", help="a finished run of train_translator.py")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the translated data set")
+    parser.add_argument(
+        "--translator", type=runtime.path, required=True, metavar="RUN", help="a finished run of train_translator.py"
+    )
+    parser.add_argument("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
     parser.add_argument("--restart", action="store_true", help="throw away the frames that OUT holds and begin anew")
     parser.add_argument("--batch-size", type=runtime.positive_int, default=1, help="frames at a time (default 1)")
-    runtime.add_precision_argument(parser)
+    runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
     return parser.parse_args()
 
@@ -54,6 +55,9 @@ class ResizedPairs(Dataset):
 
     def __len__(self):
         return len(self.frames)
+
+    def frame(self, i):
+        return self.frames[i]
 
     def __getitem__(self, i):
         frame = self.frames[i]
@@ -94,7 +98,7 @@ def main():
     width = training.trained_width(args.translator)
     data.check_frames(frames, width)
 
-    device = runtime.pick_device(args.device, tf32=True)
+    device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     runtime.join_processes(device)
     generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
 
@@ -150,13 +154,7 @@ def translate_batches(generator, batches, width, args, device, precision):
     """Write the translations of lists of frames, and their labels. Threads encode PNG files while the generator goes on."""
     frames = [frame for batch in batches for frame in batch]
     starts = itertools.accumulate(map(len, batches), initial=0)
-    loader = DataLoader(
-        ResizedPairs(frames, width),
-        batch_sampler=[range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)],
-        num_workers=args.workers,
-        worker_init_fn=runtime.ignore_interrupts,
-        collate_fn=list,  # frames differ in size
-    )
+    indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
     palette = [channel for color in _id_colours() for channel in color]
 
     def write(name, fake, label):
@@ -168,7 +166,7 @@ def translate_batches(generator, batches, width, args, device, precision):
         ThreadPoolExecutor(WRITERS) as pool,
     ):
         written = collections.deque()
-        for batch in loader:
+        for batch in loading.batches(ResizedPairs(frames, width), indices, args.workers, collate=list):  # sizes differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 images = torch.stack(images).to(device)

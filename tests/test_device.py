@@ -106,13 +106,23 @@ def test_a_step_and_the_wait_for_its_data_are_timed_apart(tmp_path):
     summary = training.files.read_json(tmp_path / "summary.json")
     for row in (*table(tmp_path / "log.csv"), summary):
         assert 0.01 <= float(row["seconds_per_iteration"]) < 0.035
-        assert 0.04 <= float(row["wait_seconds"]) < 0.09
+        assert 0.03 <= float(row["wait_seconds"]) < 0.09  # the first wait, for processes to start, is not counted
+
+
+REST = 100  # MiB that a network takes between steps
+
+
+class Calls(list):
+    """What the device was asked."""
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     """A device called cuda that is the CPU: its clock is the number of marks and waits, its memory what the test says."""
-    calls = []
+    calls, peak = Calls(), {"MiB": REST}
+
+    def step(memory):
+        peak["MiB"] = max(peak["MiB"], memory)
 
     class Event:
         def __init__(self, enable_timing):
@@ -128,10 +138,12 @@ def cuda(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: calls.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: (1 if "reset" in calls else 9) * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.update(MiB=REST))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak["MiB"] * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Stand-in")
-    monkeypatch.setattr(training, "_to_device", lambda batch, _: batch)
+    batches = training.loading.batches
+    monkeypatch.setattr(training.loading, "batches", lambda *args: batches(*args[:3]))
+    calls.step = step
     return calls
 
 
@@ -141,24 +153,25 @@ def test_on_cuda_steps_are_timed_by_events_and_nothing_waits_for_the_device_but_
     run.restore()
     for _ in run.iterations([torch.zeros(1)] * 8):
         run.log({}, lr=1)
-    steps = [call for call in cuda if call != "reset"]
-    assert steps == (["record"] * (2 + 3 * 3) + ["synchronize"] + ["record"]) * 2
+    calls = [call for call in cuda if call != "reset"]
+    assert calls.count("synchronize") == 2 and calls[:8] == ["record"] * 8  # the beginning and the end of four steps
 
 
 @pytest.mark.parametrize("again", [None, 4])
 def test_peak_memory_leaves_out_the_first_steps(tmp_path, cuda, again):
     """In which cuDNN tries algorithms: those of a process, and those after the encoder is unfrozen."""
-    run = small_run(tmp_path, 8, "--log-every", "1")
+    run = small_run(tmp_path, 12, "--log-every", "1")
     run.device = torch.device("cuda")
     run.restore()
-    for iteration, _ in run.iterations([torch.zeros(1)] * 8):
+    for iteration, _ in run.iterations([torch.zeros(1)] * 12):
         if iteration == again:
             run.warm_up()
+        cuda.step(9000 if iteration in (0, again) else 1000)
         run.log({}, lr=1)
     run.finish({})
-    expected = ["", "", *["1024"] * 6] if again is None else ["", "", "1024", "1024", "", "", "1024", "1024"]
+    expected = ["", "", "", *["1000"] * 9] if again is None else ["", "", "", "1000", *["", "", ""], *["1000"] * 5]
     assert [row["peak_memory_mib"] for row in table(tmp_path / "log.csv")] == expected
-    assert training.files.read_json(tmp_path / "summary.json")["peak_memory_mib"] == 1024
+    assert training.files.read_json(tmp_path / "summary.json")["peak_memory_mib"] == 1000
 
 
 # --- the device
@@ -168,7 +181,7 @@ def test_a_gpu_that_is_not_there_is_one_line_that_says_what_is_needed(pair, tmp_
     words = ["--source", pair / "source", "--target", pair / "target", "--method", "cut", "--out", tmp_path / "a"]
     result = script("train_translator.py", *words, "--device", "cuda")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--device cuda: " in result.stderr and "https://pytorch.org" in result.stderr
+    assert "--device cuda: there are 0 GPUs for this process; CUDA_VISIBLE_DEVICES is ''" in result.stderr
     result = script(
         "evaluate.py", "--segmenter", "x", "--data", pair / "target", "--device", "meta"
     )  # exists, computes nothing
@@ -181,6 +194,8 @@ def broken_gpu(monkeypatch):
     real = torch.device
     monkeypatch.setattr(runtime.torch, "device", lambda name: real("meta" if name.startswith("cuda") else name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
@@ -220,22 +235,41 @@ def test_auto_says_that_torch_cannot_use_the_gpu_there_is(tmp_path, monkeypatch,
     assert ("built for CPUs alone" in caplog.text) == said
 
 
-def test_a_full_gpu_is_no_reason_to_train_on_the_cpu(broken_gpu, flags, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nmore")
-
-    monkeypatch.setattr(torch, "ones", full)
-    with pytest.raises(ValueError, match="other processes fill its memory"):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nmore"),
+        RuntimeError("CUDA error: out of memory\nmore"),
+        RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore"),
+    ],
+)
+def test_a_busy_gpu_is_no_reason_to_train_on_the_cpu(broken_gpu, flags, monkeypatch, error):
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(ValueError, match="other processes hold it"):
         runtime.pick_device("auto")
 
 
-@pytest.mark.parametrize(
-    ("cores", "processes", "expected"), [(2, None, 2), (64, None, 16), (64, "8", 8), (2, "4", 1), (2, "", 2)]
-)
+def test_one_process_of_many_does_not_take_the_cpu_alone(broken_gpu, flags, monkeypatch):
+    """The others would wait for it on their GPUs."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="--device cuda:1: "):
+        runtime.pick_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(ValueError, match="--device cuda:5: there are 2 GPUs"):
+        runtime.pick_device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(runtime, "_nvidia_gpu_present", lambda: True)
+    assert runtime.pick_device("auto").type == "cpu"  # as do all
+
+
+@pytest.mark.parametrize(("cores", "processes", "expected"), [(2, None, 2), (64, None, 16), (64, "8", 8), (2, "4", 1)])
 def test_one_worker_per_core_of_this_process(monkeypatch, cores, processes, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if processes is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert train_translator.parse_args("--source s --target t --out o --method cut".split()).workers == expected
 
