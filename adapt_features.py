@@ -32,7 +32,7 @@ def parse_args(words=None):
     parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
     parser.add_argument(
         "--segmenter",
-        type=runtime.real_path,
+        type=runtime.run_path,
         required=True,
         metavar="RUN",
         help="a finished run of train_segmenter.py on --source",
@@ -115,17 +115,17 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
 def main():
     args = parse_args()
     run = training.Run(args)
-    if run.is_finished:
-        print(f"{args.out}: finished")
-        return
     exclude = data.read_names(args.exclude) if args.exclude else ()
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
     data.check_frames(target, args.width, args.crop_size)
     if args.check:
         run.restore()  # ends here: what stages 2 and 3 leave need not be there yet
     source = data.list_frames(args.source, exclude=exclude)
-    data.check_frames(source, args.width, args.crop_size)
     weights = files.finished(args.segmenter, "--segmenter")
+    args.weights_of_segmenter = files.digest(weights)
+    if run.is_finished(source=source, target=target):
+        return
+    data.check_frames(source, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     segmenter = runtime.synchronised(models.load_network(weights, models.UNet, run.device), run.device)
     segmenter.to(memory_format=torch.channels_last).train()
@@ -134,7 +134,7 @@ def main():
     opt_D = runtime.adam(discriminator.parameters(), lr=args.discriminator_lr)
     gate = Gate(args.gate, run.device)
     parts = dict(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
-    run.restore(frames={"source": source, "target": target}, **parts)
+    run.restore(**parts)
 
     dataset = StackDataset(
         data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, labelled=True, cache=args.cache),

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
@@ -45,10 +46,15 @@ for _class in CLASSES:
 # Beside the table's ids: 34, which occurs in GTA5 as published, and 255, which is -1 (licence plate) in eight bits.
 KNOWN_IDS = np.isin(np.arange(256), [*(c.id for c in Cityscapes.classes if c.id >= 0), 34, 255])
 
+IDS_BY_COLOUR = {}
+for _class in Cityscapes.classes:
+    IDS_BY_COLOUR.setdefault(_class.color, []).append(_class.id)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SMALLEST = 16  # pixels on a side, which the translator needs
 # Pillow warns of images of more than MAX_IMAGE_PIXELS and refuses those of twice as many; here both are refused.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # else a PNG whose ICC profile has 1 MiB is refused
 log = logging.getLogger("data")
 
 
@@ -58,6 +64,26 @@ class Frame(NamedTuple):
     name: str
     image: Path
     label: Path | None
+
+
+class FrameList(list):
+    """Frames, and `left_out`, {name: why} of those that are not among them."""
+
+    left_out = {}
+
+    def fingerprint(self):
+        """What tells these frames from others, wherever they lie: how many, and a hash of their names and sizes in pixels."""
+        sizes = _each(lambda frame: image_size(frame.image), self)
+        return f"{len(self)} frames, {_hashed(f'{frame.name} {size}' for frame, size in zip(self, sizes))}"
+
+    def content(self):
+        """A hash of what their files hold, of images the size in bytes alone: has something changed since?"""
+        labels = _each(lambda frame: hashlib.sha256(frame.label.read_bytes()).hexdigest() if frame.label else "", self)
+        return _hashed(f"{frame.name} {os.path.getsize(frame.image)} {label}" for frame, label in zip(self, labels))
+
+
+def _hashed(lines):
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def shown(text):
@@ -70,11 +96,12 @@ def shown(text):
 
 
 def list_frames(root, split="train", labelled=True, exclude=()):
-    """The frames of a data set of either layout, by name: a list of `Frame`.
+    """The frames of a data set of either layout, by name: a `FrameList`.
 
     split: a Cityscapes split or several joined by commas ("train,train_extra"); the GTA5 layout has none and ignores it.
-    labelled: False takes the images alone and does not look at labels. exclude: names of frames that are left out unseen.
-    Pairs of the GTA5 layout whose two sizes differ, of which GTA5 has a few, are left out too; the log names both kinds.
+    labelled: False takes the images alone and does not look at labels. exclude: names of frames that are left out unseen,
+    as read_names has them. Pairs of the GTA5 layout whose two sizes differ, of which GTA5 has a few, are left out too. The log
+    says how many of either, and how many names in `exclude` match no frame.
     Raises ValueError for anything else that does not fit: the first such thing, and how many there are.
     """
     frames, issues, notes = _survey(root, split, labelled, exclude)
@@ -84,13 +111,25 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     return frames
 
 
+def few(names):
+    """The first few of some names, for a message."""
+    names = [*map(shown, names)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
 def check_frames(frames, width=None, crop=None):
     """Read the header of every file of some frames; ValueError for the first that cannot be used, and how many there are.
 
     That is what load_image and load_label_ids refuse, an image of fewer than 16 pixels on a side, and one that at `width`
-    has too many pixels or is smaller than `crop` (height, width).
+    has too many pixels or is smaller than `crop` (height, width). Labels without a pixel of an evaluated class in any of them,
+    as those of Cityscapes' test split, are refused, too.
     """
     _refuse(list(_faults(frames, width=width, crop=crop)))
+    labels = [frame.label for frame in frames if frame.label]
+    if labels and not any((load_label(label) != VOID).any() for label in labels):
+        raise ValueError(
+            f"{shown(labels[0])}: all of it is void, and so are all {len(labels)} labels; ids from 7 up are needed"
+        )
 
 
 def problems(root, split="train", labelled=True, exclude=()):
@@ -105,7 +144,10 @@ def problems(root, split="train", labelled=True, exclude=()):
 
 
 def read_names(path):
-    """A text file of names, one a line, with or without .png, # begins a comment -> frozenset, for `exclude`."""
+    """A text file of names, one a line, # begins a comment -> frozenset, for `exclude`.
+
+    A name may be that of a frame, or of its image or label file, with or without folders and suffix.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # which is how Python decodes paths
             names = [re.sub(r"(^|\s)#.*", "", line).strip() for line in file]
@@ -113,12 +155,20 @@ def read_names(path):
         raise ValueError(f"{shown(path)}: {error.strerror}, where a text file of frames' names is needed") from error
     if not any(names):
         raise ValueError(f"{shown(path)}: no name in it, where frames' names are needed, one a line")
-    return frozenset(os.path.splitext(n)[0] if n.lower().endswith(IMAGE_SUFFIXES) else n for n in names if n)
+    return frozenset(_bare(name) for name in names if name)
+
+
+def _bare(name):
+    """The name of a frame, of its image or of its label file -> what is the same in all three."""
+    name = os.path.basename(name)
+    stem, suffix = os.path.splitext(name)
+    name = stem if suffix.lower() in IMAGE_SUFFIXES else name
+    return name.removesuffix("_leftImg8bit").removesuffix("_gtFine_labelIds")
 
 
 def _survey(root, split, labelled, exclude):
     """(frames, a line for each thing that does not fit, notes on what is left out). A frame that cannot be read stays in."""
-    root, exclude, issues, notes = Path(root), frozenset(exclude), [], []
+    root, exclude, issues, notes = Path(root), {_bare(name) for name in exclude}, [], []
     is_gta5 = (root / "images").is_dir()
     if is_gta5:
         folders, endings = [("images", "labels")], ("", "")
@@ -128,36 +178,46 @@ def _survey(root, split, labelled, exclude):
     else:
         neither = "neither GTA5's layout (images/, labels/) nor Cityscapes' (leftImg8bit/, gtFine/)"
         raise ValueError(f"{shown(root)}: {neither if root.is_dir() else 'no such folder'}")
-    frames, fitting, misfits, left_out = [], [], [], []
+    frames, fitting, left_out = [], FrameList(), {}
     for image_folder, label_folder in folders:
         images = _by_name(root / image_folder, endings[0], IMAGE_SUFFIXES)
-        labels = _by_name(root / label_folder, endings[1], (".png",)) if labelled else {}
+        labels = _by_name(root / label_folder, endings[1], IMAGE_SUFFIXES) if labelled else {}
         for name in dict.fromkeys([*images, *labels]):
-            if name in exclude:
-                left_out.append(name)
+            if _bare(name) in exclude:
+                left_out[name] = "excluded"
                 continue
-            pair = images.get(name, []), labels.get(name, [])
+            found = labels.get(name, [])
+            pair = images.get(name, []), [path for path in found if path.suffix.lower() == ".png"] or found
             for first, *others in filter(None, pair):  # they would be written to one name later
                 issues += [f"{shown(path)}: there is {shown(first)} too, and names must be unique" for path in others]
             if labelled and not all(pair):
                 issues.append(f"{shown((pair[0] or pair[1])[0])}: has no {'label' if pair[0] else 'image'}")
+            elif labelled and pair[1][0].suffix.lower() != ".png":
+                issues.append(f"{shown(pair[1][0])}: a label as JPEG, which alters label ids; PNG is needed")
             else:
                 frames.append(Frame(name, pair[0][0], pair[1][0] if labelled else None))
+    if unmatched := exclude - {_bare(name) for name in left_out}:
+        notes.append(
+            f"{shown(root)}: {len(unmatched)} of {len(exclude)} names to exclude match no frame: {few(sorted(unmatched))}"
+        )
+    if left_out:
+        notes.append(f"{shown(root)}: {len(left_out)} excluded: {few(left_out)}")
+    misfits = {}
     for frame, sizes in zip(frames, _each(_sizes, frames)):
-        fits = isinstance(sizes, str) or sizes[0] == sizes[1]
-        (fitting if fits or not is_gta5 else misfits).append(frame)
+        if isinstance(sizes, str) or sizes[0] == sizes[1] or not is_gta5:
+            fitting.append(frame)
+        else:
+            misfits[frame.name] = f"its label has another size, {sizes[1]}"
         if isinstance(sizes, str):
             issues.append(sizes)
-        elif not fits and not is_gta5:
+        elif sizes[0] != sizes[1] and not is_gta5:
             issues.append(f"{shown(frame.label)}: {sizes[1]} pixels, its image {sizes[0]}")
-    if left_out:
-        notes.append(f"{shown(root)}: {len(left_out)} excluded: {', '.join(map(shown, left_out))}")
     if misfits:
-        names = ", ".join(shown(frame.name) for frame in misfits)
-        notes.append(f"{shown(root)}: {len(misfits)} of {len(frames)} pairs left out, sizes differ: {names}")
+        notes.append(f"{shown(root)}: {len(misfits)} of {len(frames)} pairs left out, sizes differ: {few(misfits)}")
     if not fitting and not issues:
         why = f"split {shown(split)}; {len(left_out)} excluded, {len(misfits)} whose label has another size"
         issues.append(f"{shown(root)}: no image (.png, .jpg) is left where the layout has them ({why})")
+    fitting.left_out = left_out | misfits
     return fitting, issues, notes
 
 
@@ -229,7 +289,8 @@ def _open(path, is_label=False):
     except MemoryError:
         raise
     except Exception as error:  # for damaged files Pillow raises many kinds, struct.error and IndexError among them
-        reason = getattr(error, "strerror", None) or f"not a {' or '.join(formats)} image"
+        said = "" if isinstance(error, UnidentifiedImageError) or not error.args else f" ({shown(error)})"
+        reason = getattr(error, "strerror", None) or f"not a {' or '.join(formats)} image{said}"
         raise ValueError(f"{shown(path)}: {reason}") from error
     wrong = None
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -244,8 +305,20 @@ def _open(path, is_label=False):
     return image
 
 
+def _orientation(image):
+    """EXIF's orientation of an open image, 1 where there is none: a viewer mirrors and turns by it. 5 to 8 swap the sides."""
+    if image.format == "PNG" and not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"}:
+        return 1  # getexif would decode the pixels in search of it
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF, which viewers ignore
+        return 1
+
+
 def _pixels(path, image, mode=None):
     try:
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
         return np.array(image if mode in (None, image.mode) else image.convert(mode))  # to convert is to copy
     except MemoryError:  # which says nothing of the file
         raise
@@ -255,9 +328,9 @@ def _pixels(path, image, mode=None):
 
 
 def image_size(path, is_label=False):
-    """(width, height) in pixels, from the header alone; ValueError for what load_image or load_label_ids cannot take."""
+    """(width, height) as a viewer shows it, from the header alone; ValueError for what load_image or load_label_ids refuse."""
     with _open(path, is_label) as image:
-        return image.size
+        return image.size[::-1] if _orientation(image) > 4 else image.size
 
 
 def _check(path, is_label, width=None, crop=None, pixels=False):
@@ -285,7 +358,8 @@ def _check_size(path, size, width=None, crop=None):
 def load_image(path):
     """A PNG or JPEG file of any 8-bit mode (colour, grey, palette, with alpha) -> tv_tensors.Image (3, H, W) uint8.
 
-    Raises ValueError for anything else, damaged files and those of more than PIL.Image.MAX_IMAGE_PIXELS included.
+    Turned as EXIF says, as a viewer shows it. Raises ValueError for anything else, damaged files and those of more than
+    PIL.Image.MAX_IMAGE_PIXELS included.
     """
     with _open(path) as image:
         return tv_tensors.Image(torch.from_numpy(_pixels(path, image, "RGB")).permute(2, 0, 1))
@@ -295,9 +369,21 @@ def load_label_ids(path):
     """A PNG of Cityscapes label ids, grey or palette -> tv_tensors.Mask (H, W) uint8 of those ids. Raises as load_image."""
     with _open(path, is_label=True) as image:
         ids = _pixels(path, image).astype(np.uint8)
+        _check_palette(path, image, np.unique(ids))
     if unknown := np.flatnonzero(np.bincount(ids.ravel(), minlength=256) * ~KNOWN_IDS).tolist():
         raise ValueError(f"{shown(path)}: label ids {unknown} are not in Cityscapes' table (0 to 33)")
     return tv_tensors.Mask(torch.from_numpy(ids))
+
+
+def _check_palette(path, image, indices):
+    """ValueError for a palette image of Cityscapes' colours under other indices than its ids, as quantize() makes it."""
+    colours = np.array(image.getpalette() or []).reshape(-1, 3) if image.mode == "P" else ()
+    used = [(i, tuple(colours[i])) for i in indices if i < len(colours) and colours[i].any()]  # black is no evidence
+    if used and all(colour in IDS_BY_COLOUR for _, colour in used):
+        for i, colour in used:
+            if i not in IDS_BY_COLOUR[colour]:
+                wrong = f"index {i} has the colour of label id {IDS_BY_COLOUR[colour][0]}"
+                raise ValueError(f"{shown(path)}: Cityscapes' colours, but {wrong}: indices must be label ids")
 
 
 def load_label(path):
@@ -404,6 +490,8 @@ class Crops(Dataset):
         _check_size(frame.image, sample[0].shape[:0:-1], self.width, self.crop)
         if self.labelled:
             sample.append(_to_train_ids(load_at_width(frame.label, self.width, load_label_ids, self.cache)))
+            if sample[1].shape != sample[0].shape[1:]:  # files may have changed since they were checked
+                raise ValueError(f"{shown(frame.label)}: its size is not its image's")
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
             torch.manual_seed(_mix(self.seed, self.stream, 1, k))
             sample = self.augment(*sample)
@@ -444,7 +532,16 @@ def to_unit(images):
     return images.float() / 255
 
 
+def print_shares(frames):
+    """Print what part of the labels' pixels each class has."""
+    counts = sum(_each(lambda frame: np.bincount(load_label(frame.label).flatten(), minlength=256), frames))
+    for name, count in zip([*CLASS_NAMES, "void"], [*counts[: len(CLASS_NAMES)], counts[VOID]]):
+        print(f"  {name:<14}{count / counts.sum():7.2%}")
+
+
 def main():
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end with the reader of the list, as `head`
     parser = argparse.ArgumentParser(description="Find the frames of a data set, pair them with their labels, count them.")
     parser.add_argument("folder", metavar="DIR", help="a data set in GTA5's or in Cityscapes' layout")
     parser.add_argument("--split", default="train", help="of a Cityscapes layout, several joined by commas (default train)")
@@ -465,10 +562,12 @@ def main():
                 print(f"{folder}: {count} problem{'s' if count > 1 else ''}")
                 sys.exit(2)
         frames = list_frames(*data_set)
+        check_frames(frames)
         if args.check_data:
             print(f"{folder}: all {len(frames)} frames can be read")
+            if not args.unlabelled:
+                print_shares(frames)
             return
-        check_frames(frames)
         sizes = sorted(set(_each(image_size, [frame.image for frame in frames])))
     except (ValueError, OSError) as error:
         print(f"data.py: {shown(error)}", file=sys.stderr)

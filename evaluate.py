@@ -9,6 +9,7 @@ no mean (cityscapesscripts has 0 for it where it is predicted somewhere; all els
 `confusion_matrix` and `scores`.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,8 @@ import loading
 import models
 import runtime
 import training
+
+log = logging.getLogger("evaluate")
 
 # The models of table 2 in its order, and the folders in which run_all.sh trains them; translators have the same names.
 MODELS = {
@@ -99,20 +102,19 @@ def predict(segmenter, image, size, autocast):
     return logits[0].argmax(0)
 
 
-def evaluate(args):
-    """Predict every labelled frame of a split -> the summed confusion matrix; with --save-predictions also PNG files.
+def evaluate(args, frames):
+    """Predict labelled frames -> the summed confusion matrix; with --save-predictions also PNG files.
 
     Under torchrun each process predicts every n-th frame, and all have the whole sum.
     """
-    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     device = runtime.pick_device(args.device)
     segmenter, width = load_segmenter(args.segmenter, "--segmenter", device)
     data.check_frames(frames, width)
     runtime.join_processes(device)
+    precision = runtime.pick_precision(args.precision, device)
+    autocast = runtime.autocast(device, precision)
+    log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = runtime.shard(frames)
-    autocast = runtime.autocast(device, runtime.pick_precision(args.precision, device))
-    if args.save_predictions:
-        args.save_predictions.mkdir(parents=True, exist_ok=True)
     label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     indices = [[i] for i in range(len(frames))]  # one at a time: frames differ in size
@@ -304,7 +306,7 @@ def parse_args():
     parser.add_argument(
         "--report", type=runtime.path, metavar="OUT", help="write all tables and figures of an $OUT of run_all.sh"
     )
-    parser.add_argument("--segmenter", type=runtime.path, metavar="RUN", help="a finished run of stage 3 or 4")
+    parser.add_argument("--segmenter", type=runtime.run_path, metavar="RUN", help="a finished run of stage 3 or 4")
     parser.add_argument("--data", metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
     parser.add_argument("--split", default="val", help="of a Cityscapes layout (default val)")
     parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
@@ -339,20 +341,32 @@ def main():
     for flag, written in (("--out", args.out), ("--save-predictions", args.save_predictions)):
         files.check_out(written or os.devnull, args.data, flag=flag)
     weights, note = files.finished(args.segmenter, "--segmenter"), args.segmenter / "evaluation.json"
+    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    settings = {
+        "frames": frames.fingerprint(),
+        "content": frames.content(),
+        "weights": files.digest(weights),
+        "precision": args.precision,
+    }
     rows = list(read_table(args.out).values()) if args.out and args.out.is_file() else []
-    if args.skip_done and note.is_file() and note.stat().st_mtime >= weights.stat().st_mtime:
-        if files.read_json(note) in rows:
+    if args.skip_done and note.is_file():
+        noted = files.read_json(note)
+        if noted.pop("row", None) in rows and noted == settings:
             print(f"{name}: evaluated")
             return
-    row = table_row(name, scores(evaluate(args)))
+    for folder in filter(None, (args.out and args.out.parent, args.save_predictions)):
+        if runtime.torchrun("RANK", 0) == 0:
+            files.check_writable(folder)
+    row = table_row(name, scores(evaluate(args, frames)))
     if args.out and runtime.is_first():
         with files.lock(args.out.parent, wait=True):  # another model's row may be on its way into the same table
             files.clear_parts(args.out.parent)
             table = read_table(args.out) if args.out.is_file() else {}
             files.write_csv(args.out, list((table | {name: row}).values()))
-        with files.lock(args.segmenter, wait=True):
-            files.clear_parts(args.segmenter)
-            files.write_json(note, row)  # by which --skip-done sees that the row is this run's
+        try:
+            files.write_json(note, {"row": row} | settings)  # by which --skip-done sees that the row is this run's
+        except OSError as error:
+            log.warning("%s: not written (%s), so that --skip-done will evaluate again", note, error.strerror)
     print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
 
 

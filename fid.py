@@ -3,7 +3,8 @@
 The distance is that of two Gaussians fitted to features of Inception v3 (Heusel et al. 2017, "GANs Trained by a Two
 Time-Scale Update Rule", eq. 6). Published values hold for one network and one preprocessing: TensorFlow's Inception
 of 2015, ported by https://github.com/mseitzer/pytorch-fid, fed with RGB resized to 299x299. Both are followed here, so
-a value can stand beside other papers'. This file needs nothing else of the repository: copy it where you like.
+a value can stand beside other papers'; photographs that EXIF turns are turned first, which pytorch-fid does not do. This file
+needs nothing else of the repository: copy it where you like.
 
     python fid.py translated/images cityscapes/leftImg8bit/train         # FID; fetches 95 MB of weights the first time
     python fid.py A B --weights pt_inception-2015-12-05-6726825d.pth     # the same weights from a file, offline
@@ -21,12 +22,14 @@ import contextlib
 import csv
 import ctypes
 import datetime
+import errno
 import fcntl
 import hashlib
 import io
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -34,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from scipy.linalg import lapack, svdvals
 from torch import nn
 from torchvision.models import inception_v3
@@ -45,6 +48,7 @@ from tqdm import tqdm
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
 INPUT_SIZE = (299, 299)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # else a PNG whose ICC profile has 1 MiB is refused
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # of the content: Pillow would hand PostScript to an interpreter
 # What data passes before features of each width are read, under torchvision's names; the features are spatial means.
@@ -133,6 +137,8 @@ def download_weights():
     """pytorch-fid's state dict, from torch.hub's folder or its address. Raises ValueError if it cannot be had."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     try:
+        if path.parts[0] == "~":
+            raise OSError("there is no home folder for them: set TORCH_HOME")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), progress=sys.stderr.isatty())
@@ -160,14 +166,14 @@ def read_weights(path):
 def find_images(folder, exclude=frozenset()):
     """Paths of all images below a folder, sorted. Links are followed, each real folder once, so that loops end.
 
-    exclude: names of files to leave out, with or without their suffix and Cityscapes' _leftImg8bit. Raises ValueError if
-    there are fewer than two images, OSError for a folder that cannot be listed.
+    exclude: names of files to leave out, as `bare` takes them. Raises ValueError if there are fewer than two images, OSError
+    for a folder that cannot be listed.
     """
 
     def refuse(error):
         raise error
 
-    images, seen = [], set()
+    images, seen, exclude = [], set(), {bare(name) for name in exclude}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders.sort()
         if os.path.realpath(parent) in seen:
@@ -175,9 +181,7 @@ def find_images(folder, exclude=frozenset()):
             continue
         seen.add(os.path.realpath(parent))
         for name in files:
-            stem = os.path.splitext(name)[0]
-            is_image = name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-            if is_image and exclude.isdisjoint((name, stem, stem.removesuffix("_leftImg8bit"))):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and bare(name) not in exclude:
                 images.append(os.path.join(parent, name))
     for path in images:
         if not os.path.isfile(path):  # to open a FIFO would be to wait for ever
@@ -187,27 +191,48 @@ def find_images(folder, exclude=frozenset()):
     return sorted(images)
 
 
+def bare(name):
+    """A file's name without folders, suffix and Cityscapes' endings: as lists of names to exclude may have it, and data.py."""
+    name = os.path.basename(name)
+    stem, suffix = os.path.splitext(name)
+    name = stem if suffix.lower() in EXTENSIONS else name
+    return name.removesuffix("_leftImg8bit").removesuffix("_gtFine_labelIds")
+
+
 class ImageFiles(torch.utils.data.Dataset):
-    """Files -> (3, 299, 299) in [0, 1]. Each is resized here, in the worker, so that a folder may mix sizes."""
+    """A batch of numbers -> float32 array (B, 3, 299, 299) of those files in [0, 1], or a line that says what is wrong.
+
+    Each is resized here, in the worker, so that a folder may mix sizes, and turned as EXIF says, which pytorch-fid does not.
+    Arrays pass through a pipe; tensors would need room in /dev/shm, of which containers have little. An error passes as
+    text: raised there, it would arrive with frames that keep the workers alive.
+    """
 
     def __init__(self, paths):
         self.paths = paths
 
-    def __len__(self):
-        return len(self.paths)
+    def __getitem__(self, batch):
+        try:
+            return np.stack([self.read(self.paths[i]) for i in batch])
+        except (ValueError, MemoryError) as error:
+            return str(error) or "not enough memory"
 
-    def __getitem__(self, index):
-        path = self.paths[index]
+    def read(self, path):
         try:
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"more than PIL.Image.MAX_IMAGE_PIXELS, {Image.MAX_IMAGE_PIXELS}")
                 if image.mode[0] in "IF":  # 16 or 32 bits a channel: Pillow would clip these at 255 and say nothing
                     raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-                rgb = to_tensor(image.convert("RGB"))
+                rgb = to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path}: not an image that can be read ({error})") from error
-        return resize(rgb[None])[0]
+        return resize(rgb[None])[0].numpy()
+
+
+def end_with_parent(*_):
+    """In a reading process: have the kernel end it with its parent, which may be killed while it writes to it."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def statistics(images, network, batch_size=32, workers=0, cache=None, name="images"):
@@ -232,12 +257,19 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     batches = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
     own = batches[rank::processes]
     device = next(network.parameters()).device
-    options = {"num_workers": min(workers, len(own)), "pin_memory": device.type == "cuda"}
-    loader = torch.utils.data.DataLoader(ImageFiles(paths), batch_sampler=own, **options)
+    options = {
+        "num_workers": min(workers, len(own)),
+        "timeout": 1800 if workers and own else 0,
+        "collate_fn": lambda batch: batch,
+    }
+    options["worker_init_fn"] = end_with_parent
+    loader = torch.utils.data.DataLoader(ImageFiles(paths), batch_size=None, sampler=own, **options)
     features = {}
     with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=rank > 0 or None) as progress:
         for indices, batch in zip(own, loader, strict=True):
-            features[indices.start] = network(batch.to(device, non_blocking=True)).cpu().numpy()
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            features[indices.start] = network(torch.from_numpy(batch).to(device)).cpu().numpy()
             progress.update(min(len(batch) * processes, len(paths) - progress.n))
     features = {start: part for parts in gather(features) for start, part in parts.items()}
     # 400 MB for 25,000 images at 2048: no running sums needed
@@ -245,10 +277,13 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     mu, sigma = features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
     check_statistics(mu, sigma, name)
     if cached and rank == 0:
-        with locked(cached.parent):
-            for leftover in cached.parent.glob(".*.part"):  # of a process that was killed as it wrote
-                leftover.unlink()
-            save_statistics(cached, mu, sigma)
+        try:
+            with locked(cached.parent):
+                for leftover in cached.parent.glob(".*.part"):  # of a process that was killed as it wrote
+                    leftover.unlink()
+                save_statistics(cached, mu, sigma)
+        except OSError as error:
+            print(f"{cached}: not kept for the next time ({error.strerror})", file=sys.stderr)
     return mu, sigma
 
 
@@ -323,10 +358,14 @@ def write_whole(path, content):
 
 @contextlib.contextmanager
 def locked(folder):
-    """One process at a time: the others wait. The lock is the operating system's and ends with its process."""
+    """One process at a time: the others wait. The lock is the operating system's and ends with its process.
+
+    Where the file system has no locks, nobody waits.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -396,11 +435,17 @@ def write_row(path, model, column, distance):
         write_whole(path, text.getvalue().encode())
 
 
-def fail(message):
-    """Ends the program with one line on stderr and status 2."""
+def fail(message, status=2):
+    """Ends the program with one line on stderr: status 2 for bad input, 1 for lack of memory or a lost process."""
+    sys.unraisablehook = lambda _: None  # what is torn down half made has no more to say
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # a path may hold anything
     print(f"fid.py: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def torchrun(name, default):
+    """A number that torchrun has set in the environment; the default where it did not start this process."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
 
 
 def parse_arguments():
@@ -417,7 +462,7 @@ def parse_arguments():
     parser.add_argument("--exclude", metavar="FILE", help="names of images to leave out, one a line")
     parser.add_argument("--check", action="store_true", help="look for weights and inputs, say so, compute nothing")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time (32)")
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's processes share them
+    cores = len(os.sched_getaffinity(0)) // torchrun("LOCAL_WORLD_SIZE", 1)
     workers = max(1, min(16, cores))
     parser.add_argument("--workers", type=int, default=workers, help="reading processes (one per core, 16 at most)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (cuda if there is one)")
@@ -433,7 +478,7 @@ def parse_arguments():
         fail("--batch-size must be at least 1, --workers from 0 to 512, --seed between 0 and 2^63 - 1")
     is_default = args.device is None
     if is_default:  # under torchrun each process of a node has a GPU of its own
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        args.device = f"cuda:{torchrun('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=args.device).add(1).item()  # a device may exist and not compute
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -470,17 +515,20 @@ def run(args):
     if args.device == "cpu":
         keep_freed_memory()
     column = column_name(args.weights, args.dims)
-    if args.out is not None:
-        read_rows(args.out, column)  # before hours of work, not after
+    if args.out is not None:  # before hours of work, not after
+        read_rows(args.out, column)
+    for folder in {Path(path).parent for path in (args.out, args.save) if path}:
+        write_whole(folder / ".writable", b"")
+        (folder / ".writable").unlink(missing_ok=True)
     paths = [path for path in (args.A, args.B) if path is not None]
     exclude = set()
     if args.exclude:
         with open(args.exclude, encoding="utf-8-sig", errors="surrogateescape") as file:
-            exclude = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file}
+            exclude = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file} - {""}
     inputs = [open_input(path, args.dims, exclude) for path in paths]
     if args.check or any(isinstance(data, list) for data in inputs):
         network = inception(args.weights, args.dims, args.seed).to(args.device)
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+    rank, processes = torchrun("RANK", 0), torchrun("WORLD_SIZE", 1)
     if args.check and rank == 0:
         found = [f"{len(data)} images" if isinstance(data, list) else "statistics" for data in inputs]
         found = [f"{path}: {what}" for path, what in zip(paths, found, strict=True)]
@@ -496,11 +544,13 @@ def run(args):
         dist.destroy_process_group()
     if rank > 0:
         return
+    if len(inputs) == 2:
+        distance = frechet_distance(*inputs[0], *inputs[1])
+        with contextlib.suppress(BrokenPipeError):  # nobody is left to read it; what follows is kept all the same
+            print(f"{column} {distance:.6g}", flush=True)
     if args.save:
         save_statistics(args.save, *inputs[0])
     if len(inputs) == 2:
-        distance = frechet_distance(*inputs[0], *inputs[1])
-        print(f"{column} {distance:.6g}")
         if args.out is not None:
             write_row(args.out, args.name, column, distance)
 
@@ -512,18 +562,21 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     except (torch.OutOfMemoryError, MemoryError):
-        fail(f"--batch-size {args.batch_size}: not enough memory on {args.device}, choose a smaller one")
+        fail(f"--batch-size {args.batch_size}: not enough memory on {args.device}, choose a smaller one", status=1)
     except (OSError, ValueError) as error:
         text = str(error).strip() or repr(error)
-        if text.startswith("Caught "):  # from a reading process, with its traceback; the message itself comes last
-            text = text.rpartition(f"\n{type(error).__name__}: ")[2]
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EMFILE) and error.filename is None:
+            text = f"{error.strerror}: /dev/shm or ulimit -n is too small for {args.workers} workers; try --workers 0"
         fail(text)
     except RuntimeError as error:
-        if dist.is_initialized() and any(words in str(error) for words in ("Connection", "gloo")):
-            fail("another process of this run stopped; its message says why")
-        if not any(words in str(error) for words in ("allocate memory", "DataLoader worker", "shared memory")):
+        reason = str(error).splitlines()[0]
+        if dist.is_initialized():
+            fail(f"another process of this run stopped, and says why; if none does, this one did ({reason})", status=1)
+        if not any(words in reason for words in ("allocate memory", "DataLoader")):
             raise
-        fail(f"not enough memory: choose a smaller --batch-size than {args.batch_size}, or fewer --workers than {args.workers}")
+        fail(
+            f"{reason}: choose a smaller --batch-size than {args.batch_size}, or fewer --workers than {args.workers}", status=1
+        )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import contextlib
 import csv
 import errno
 import fcntl
+import hashlib
 import io
+import itertools
 import json
 import logging
 import os
-import shutil
 import socket
+import time
 from pathlib import Path
 
 log = logging.getLogger("files")
@@ -44,10 +46,32 @@ def write_whole(path, content):
         if isinstance(error, OSError):
             reason = error.strerror
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                free = shutil.disk_usage(path.parent).free
+                disk = os.statvfs(path.parent)
+                free = disk.f_bavail * disk.f_frsize
                 reason = f"{reason}: {len(content):,} bytes are needed, {free:,} are free on its disk"
+                if disk.f_files and not disk.f_favail:
+                    reason = f"{error.strerror}: its disk holds as many files as it can (no inodes are left)"
             raise OSError(error.errno, reason, str(path)) from error
         raise
+
+
+def check_writable(folder):
+    """Make a folder; OSError naming it if nothing can be written there. Before the work, not after it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / ".writable", b"")
+    (folder / ".writable").unlink(missing_ok=True)
+
+
+def write_left_out(folder, left_out):
+    """{name: why} of frames that are not used -> left_out.txt, a line each."""
+    lines = [f"{one_line(name)}\t{why}\n" for name, why in left_out.items()]
+    write_whole(folder / "left_out.txt", "".join(lines).encode())
+
+
+def digest(path):
+    """The sha256 of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def clear_parts(folder):
@@ -59,19 +83,27 @@ def clear_parts(folder):
 def lock(folder, wait=False):
     """Keep other processes out of a folder: the lock lasts until the file that is returned is closed or its process ends.
 
-    It is the operating system's, so a dead process leaves none. Raises ValueError naming the process that has it, unless
-    `wait` is set.
+    It is the operating system's, so a dead process leaves none. Raises ValueError naming the process that has it, or, with
+    `wait`, says so every minute until it has gone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
+    for second in itertools.count():
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                log.warning("%s: cannot be locked here (%s): let one process at a time write there", folder, error.strerror)
+                break
             file.seek(0)
-            raise ValueError(f"{folder}: {file.read().strip() or 'another process'} is at work there") from error
-        log.warning("%s: cannot be locked here (%s): see to it that one process at a time writes there", folder, error.strerror)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                raise ValueError(f"{folder}: {holder} is at work there") from error
+        if second % 60 == 0:
+            log.info("%s: waiting for %s", folder, holder)
+        time.sleep(1)
     with contextlib.suppress(OSError):  # a courtesy, which a full disk may not have room for
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())

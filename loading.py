@@ -38,7 +38,7 @@ def batches(dataset, indices, workers, device=None, collate=stacked):
         num_workers=min(workers, len(indices)),
         collate_fn=_as_it_is,
         pin_memory=device is not None and device.type == "cuda",
-        worker_init_fn=runtime.ignore_interrupts,
+        worker_init_fn=runtime.serve_parent,
     )
     iterator = iter(loader)
     if loader.num_workers:

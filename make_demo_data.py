@@ -532,9 +532,9 @@ def write_frame(frame, out, seed, height, width):
         files.write_whole(path, files.png_bytes(picture))
 
 
-def leave_signals_to_the_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it ends them
+def serve_parent():
+    runtime.serve_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a pool ends them
 
 
 def is_finished(out, arguments):
@@ -593,7 +593,7 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
             files.clear_parts(folder)
         work = partial(write_frame, out=args.out, seed=args.seed, height=height, width=width)
-        with Pool(initializer=leave_signals_to_the_parent) as pool:
+        with Pool(initializer=serve_parent) as pool:
             for _ in tqdm(pool.imap_unordered(work, frames, chunksize=4), total=len(frames), unit="frame", desc="demo data"):
                 pass
         os.replace(args.out / "demo.unfinished.json", args.out / "demo.json")

@@ -426,6 +426,8 @@ def _download(url):
     """The weights at an address whose file name ends in the start of their sha256, kept in torch.hub's folder."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
+        if path.parts[0] == "~":
+            raise OSError("there is no home folder for it: set TORCH_HOME")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())

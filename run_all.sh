@@ -14,15 +14,18 @@
 #   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
 #   NPROC              processes a stage, by torchrun: one a GPU; batch sizes are per process (1)
 #   CACHE              folder for resized frames, which decode faster (paper: OUT/frames, 1 MiB per frame; empty: none)
-#   EXCLUDE            a file with names of frames to leave out, one a line
+#   EXCLUDE            a file with names of frames to leave out, one per line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; paper: published)
-#   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage
+#   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage, quoted as in a shell
 #   PYTHON             the Python to use as it is, without any set-up
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ -f "$HERE/train_translator.py" ] || HERE=$PWD # Slurm runs a copy of this file, in the folder where sbatch was called
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
 title() { printf '\n== %s\n' "$*"; }
+[ -f "$HERE/train_translator.py" ] || fail "its scripts are neither beside it nor in $PWD: call it in the repository's folder"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up: the active Python if it has the requirements, else .venv beside this file.
@@ -104,12 +107,15 @@ if [ -n "${EXCLUDE:-}" ]; then
     [ -f "$EXCLUDE" ] || fail "EXCLUDE is $EXCLUDE: no such file"
     exclude=(--exclude "$EXCLUDE") common+=(--exclude "$EXCLUDE")
 fi
-read -r -d '' -a words <<<"${TRANSLATOR_ARGS:-}" || true
-translator+=("${words[@]}")
-read -r -d '' -a words <<<"${SEGMENTER_ARGS:-}" || true
-segmenter+=("${words[@]}")
-read -r -d '' -a words <<<"${ADAPT_ARGS:-}" || true
-adapter+=("${words[@]}")
+split() { # NAME TEXT: words, of which quotes may hold spaces together, appended to an array
+    local -n array=$1
+    local words
+    words=$(xargs -r -n 1 printf '%s\n' <<<"$2" 2>/dev/null) || fail "$2: its quotes do not match"
+    [ -z "$words" ] || readarray -t -O ${#array[@]} array <<<"$words"
+}
+split translator "${TRANSLATOR_ARGS:-}"
+split segmenter "${SEGMENTER_ARGS:-}"
+split adapter "${ADAPT_ARGS:-}"
 
 # A script runs beside this one, which waits: so a signal is passed on at once, and the script can save its work.
 run() {
@@ -118,7 +124,8 @@ run() {
 }
 run_on_all() { # the same in NPROC processes
     if [ "$NPROC" = 1 ]; then run "$@"; return; fi
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$HERE/$1" "${@:2}" &
+    # The address, since a container's host name need not resolve.
+    "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" "$HERE/$1" "${@:2}" &
     wait $!
 }
 stop() { # EXIT_STATUS

@@ -67,7 +67,7 @@ def _explained(error):
     """(exit status, one line) for an error that a user can cause, (1, None) for any other."""
     text = files.one_line(str(error).strip() or type(error).__name__)
     first = files.one_line(str(error).strip().partition("\n")[0])
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:  # the last is a CPU's
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in first for words in NO_MEMORY):
         return 1, "not enough memory: lower --batch-size, --crop-size, --width, --base-channels or --workers"
     if isinstance(error, (FloatingPointError, ChildProcessError)):
         return 1, text
@@ -80,6 +80,8 @@ def _explained(error):
     return 1, None
 
 
+# What torch says, in a plain RuntimeError, where a CPU or a CUDA library has no memory; and the system, where it cannot fork.
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory")
 OUT_OF = {  # what the system lacks where no file is named
     errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
     errno.EMFILE: "raise ulimit -n, or lower --workers",
@@ -155,6 +157,12 @@ def real_path(text):
     return os.path.realpath(path(text))
 
 
+def run_path(text):
+    """A run directory; its weights.pt will do."""
+    run = path(text)
+    return run.parent if run.name == "weights.pt" else run
+
+
 def height_width(text):
     """ "400" or "256x512" (height x width) -> (height, width)."""
     sides = text.lower().split("x")
@@ -225,7 +233,7 @@ def add_training_arguments(parser, iterations, batch_size, crop_size, lr):
     parser.add_argument(
         "--save-every", type=positive_int, default=5000, metavar="N", help="checkpoint and sample grid (default 5000)"
     )
-    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
+    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one per line")
     parser.add_argument("--check", action="store_true", help="stop before the first step: are arguments and data all right?")
     parser.add_argument("--restart", action="store_true", help="throw away what RUN holds and begin anew")
     add_device_arguments(parser)
@@ -335,6 +343,14 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
+def describe(device, precision):
+    """What computes, and in what, for the log."""
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, {precision}"
+    tf32 = " (TF32 in convolutions)" if precision == "fp32" and torch.backends.cudnn.allow_tf32 else ""
+    return f"{torch.cuda.get_device_name(device)}, {precision}{tf32}"
+
+
 def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
@@ -434,7 +450,9 @@ def _averaging(optimizer):
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def ignore_interrupts(*_):
-    """For processes that read or draw images: a signal to the group reaches them too, and it is the parent's to act."""
+def serve_parent(*_):
+    """For processes that read or draw images: leave signals, which reach a whole group, to the parent, and end with it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a parent that is killed cannot tell them

@@ -12,6 +12,7 @@ An unfinished run is resumed by the same command.
 import torch
 
 import data
+import files
 import models
 import runtime
 import training
@@ -59,18 +60,18 @@ def training_step(segmenter, optimizer, images, labels, autocast):
 
 def main():
     args = parse_args()
+    weights = None if args.encoder_weights == "none" else args.encoder_weights
+    args.content_of_encoder_weights = files.digest(weights) if weights not in (None, "imagenet") else args.encoder_weights
     run = training.Run(args)
-    if run.is_finished:
-        print(f"{args.out}: finished")
-        return
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    if run.is_finished(data=frames):
+        return
     data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
-    weights = None if args.encoder_weights == "none" else args.encoder_weights
     segmenter = runtime.synchronised(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
-    run.restore(frames={"data": frames}, segmenter=segmenter, optimizer=optimizer)
+    run.restore(segmenter=segmenter, optimizer=optimizer)
 
     dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
     for iteration, (images, labels) in run.iterations(dataset):

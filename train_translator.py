@@ -197,17 +197,16 @@ def _on(device, network):
 def main():
     args = parse_args()
     run = training.Run(args)
-    if run.is_finished:
-        print(f"{args.out}: finished")
-        return
     exclude = data.read_names(args.exclude) if args.exclude else ()
     source = data.list_frames(args.source, labelled=False, exclude=exclude)
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
+    if run.is_finished(source=source, target=target):
+        return
     for frames in (source, target):
         data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     translation = (CycleTranslation if args.method == "cyclegan" else ContrastiveTranslation)(args, run.device)
-    run.restore(frames={"source": source, "target": target}, **translation.state)
+    run.restore(**translation.state)
 
     dataset = StackDataset(
         data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, cache=args.cache),

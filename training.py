@@ -11,7 +11,6 @@ anew at each, so that no state of a generator needs saving.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -36,19 +35,11 @@ import runtime
 
 log = logging.getLogger("training")
 
-# Arguments that may differ when a run is resumed: they do not change what it computes. What --exclude leaves is compared.
-FREE_ARGUMENTS = {
-    "out",
-    "device",
-    "workers",
-    "log_every",
-    "save_every",
-    "check",
-    "restart",
-    "exclude",
-    "cache",
-    "deterministic",
-}
+# Arguments that may differ when a run is resumed, since they do not change what it computes. Where data and weights lie is
+# among them: what they hold is compared.
+FREE_ARGUMENTS = set("out device deterministic workers cache log_every save_every check restart exclude".split())
+FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
+FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # but once finished: see is_finished
 WARM_UP = 3  # steps in which cuDNN tries algorithms, with workspaces that no later step needs
 
 
@@ -56,6 +47,12 @@ def _quoted(value):
     """What a file holds, and may be anything, as a part of a message."""
     text = files.one_line(value)
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _described(key):
+    """What an entry of args.json is to the user: a flag, or what was found behind one."""
+    what, _, name = key.rpartition("_of_")
+    return (f"{what} of --" if what else "--") + name.replace("_", "-")
 
 
 class Run:
@@ -77,7 +74,7 @@ class Run:
             args.precision = self.stored.get("precision") or runtime.pick_precision("auto", self.device)
         self.compare_arguments()
         self.iteration = 0  # the number of steps done
-        self.is_finished = (self.out / "weights.pt").is_file() and not args.restart
+        self.left_out = {}  # names of frames, and why
         self.rows, self.sums, self.steps_summed = [], {}, 0
 
     def _read_stored(self):
@@ -88,13 +85,13 @@ class Run:
         if self.args.restart:
             self.stored = {}
 
-    def compare_arguments(self):
+    def compare_arguments(self, free=FREE_ARGUMENTS):
         """Raises ValueError if the run was begun with arguments, or with data, that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
         changed = [
-            f"--{key.replace('_', '-')} (was {_quoted(self.stored[key])}, is now {_quoted(value)})"
+            f"{_described(key)} (was {_quoted(self.stored[key])}, is now {_quoted(value)})"
             for key, value in self.arguments.items()
-            if key in self.stored and key not in FREE_ARGUMENTS and self.stored[key] != value
+            if key in self.stored and key not in free and self.stored[key] != value
         ]
         if changed:
             raise ValueError(
@@ -102,16 +99,33 @@ class Run:
                 "give another --out, or --restart to throw away what is there"
             )
 
-    def restore(self, frames=None, **state):
+    def is_finished(self, **frames):
+        """Has the run finished on these data, {name: data.FrameList}? ValueError if it was started on others.
+
+        An unfinished run may go on with files that have changed, since a damaged one may have been mended.
+        """
+        for name, listed in frames.items():
+            setattr(self.args, f"frames_of_{name}", listed.fingerprint())
+            setattr(self.args, f"content_of_{name}", listed.content())
+            self.left_out |= listed.left_out
+        self.compare_arguments()
+        if self.args.restart or not (self.out / "weights.pt").is_file():
+            for name in frames:
+                if self.stored.get(f"content_of_{name}", now := self.arguments[f"content_of_{name}"]) != now:
+                    log.warning("%s: files of --%s have changed since it was started", self.out, name)
+            return False
+        self.compare_arguments(free=FREE_ARGUMENTS - {f"content_of_{name}" for name in frames})
+        print(f"{self.out}: finished")
+        if runtime.is_first() and not self.args.check:
+            files.write_json(self.out / "args.json", self.arguments)  # where the data lie now
+        return True
+
+    def restore(self, **state):
         """Name what a checkpoint holds (objects with state_dict and load_state_dict), and load it if there is one.
 
-        frames: {name of a data set: its frames}; a run does not go on with others. From here on the run directory is
-        this process's.
+        From here on the run directory is this process's.
         """
         self.state = state
-        for name, listed in (frames or {}).items():
-            setattr(self.args, f"{name}_frames", fingerprint(listed))
-        self.compare_arguments()
         if self.args.check:
             print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
             sys.exit()
@@ -135,6 +149,15 @@ class Run:
             self._load()
         if runtime.is_first():
             files.write_json(self.out / "args.json", self.arguments)
+            if self.left_out:
+                files.write_left_out(self.out, self.left_out)
+        found = (
+            (key.removeprefix("frames_of_"), value) for key, value in self.arguments.items() if key.startswith("frames_of_")
+        )
+        frames = [f"{name}: {value.partition(',')[0]}" for name, value in found]
+        place = f"resumes after {self.iteration}" if self.iteration else "starts"
+        where = runtime.describe(self.device, self.args.precision)
+        log.info("%s: %s; %s; %s of %d steps", self.out, where, ", ".join(frames), place, self.args.iterations)
 
     def _load(self):
         with open(self.checkpoint, "rb") as file:
@@ -349,12 +372,6 @@ class StepClock:
 def constant_then_linear(iteration, iterations, base):
     """Zhu et al.'s learning rate: constant for the first half, then linear to 0, which the step after the last would have."""
     return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
-
-
-def fingerprint(frames):
-    """How many frames there are, and a hash of their names: does a run go on with the data that it was begun with?"""
-    names = "\0".join(frame.name for frame in frames).encode(errors="surrogateescape")
-    return f"{len(frames)} frames, {hashlib.sha256(names).hexdigest()[:12]}"
 
 
 def trained_width(run):

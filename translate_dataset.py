@@ -8,8 +8,8 @@ is resumed by the same command.
 """
 
 import collections
-import hashlib
 import itertools
+import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +26,7 @@ import models
 import runtime
 import training
 
+log = logging.getLogger("translate_dataset")
 WRITERS = runtime.default_workers()  # threads that encode PNG files: a GPU translates faster than one does
 
 
@@ -36,7 +37,7 @@ def parse_args():
     )
     parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
     parser.add_argument(
-        "--translator", type=runtime.path, required=True, metavar="RUN", help="a finished run of train_translator.py"
+        "--translator", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of train_translator.py"
     )
     parser.add_argument("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
@@ -111,25 +112,31 @@ def main():
         raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
     precision = was.get("precision") if args.precision == "auto" and not args.restart else None
     precision = precision or runtime.pick_precision(args.precision, device)
-    facts = {"source": args.source, "split": args.split, "frames": training.fingerprint(frames), "width": width}
-    facts |= {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    facts |= {"batch_size": args.batch_size, "precision": precision}
-    if was and was != facts and not args.restart:
-        changed = ", ".join(f"{key} (was {was.get(key)}, is now {facts[key]})" for key in facts if was.get(key) != facts[key])
+    facts = {"frames_of_source": frames.fingerprint(), "content_of_source": frames.content()}
+    facts |= {"width": width, "weights": files.digest(weights), "batch_size": args.batch_size, "precision": precision}
+    changed = [key for key in facts if key in was and was[key] != facts[key] and not args.restart]
+    if changed == ["content_of_source"] and not finished_names(args.out).issuperset(frame.name for frame in frames):
+        log.warning("%s: files of --source have changed since it was started", args.out)  # a damaged one may have been mended
+    elif changed:
+        listed = ", ".join(f"{key} (was {was[key]}, is now {facts[key]})" for key in changed)
         raise ValueError(
-            f"--out {args.out}: begun with another {changed}; give another --out, or --restart to throw away what is there"
+            f"--out {args.out}: begun with another {listed}; give another --out, or --restart to throw away what is there"
         )
     runtime.wait()
     if runtime.is_first():
         prepare(args.out, facts, args.restart)
+        if frames.left_out:
+            files.write_left_out(args.out, frames.left_out)
     runtime.wait()
 
     # Batches are cut, and dealt out to processes, before finished ones are left out: what stands beside a frame, and who
     # translates it, is the same in an interrupted run.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
-    done = set.intersection(*({path.stem for path in (args.out / part).glob("[!.]*.png")} for part in ("images", "labels")))
+    done = finished_names(args.out)  # again: --restart removes them
     own = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
     left = [frame for frame in frames if frame.name not in done]
+    where = runtime.describe(device, precision)
+    log.info("%s: %s; %d frames, %d of them done", args.out, where, len(frames), len(frames) - len(left))
     if left:
         check_disk(args.out, left, width)
     if own:
@@ -137,6 +144,10 @@ def main():
     runtime.wait()
     if not left:
         print(f"{args.out}: finished")
+
+
+def finished_names(out):
+    return set.intersection(*({path.stem for path in (out / part).glob("[!.]*.png")} for part in ("images", "labels")))
 
 
 def prepare(out, facts, restart):

@@ -601,16 +601,43 @@ def test_names_to_exclude_are_read_with_and_without_suffix(tmp_path, caplog):
     root = write_gta5(tmp_path / "set", [(20, 30)] * 4)
     (root / "labels" / "00002.png").unlink()
     assert [f.name for f in data.list_frames(root, exclude=data.read_names(file))] == ["00001", "00003"]
-    assert caplog.messages == [f"{root}: 2 excluded: 00000, 00002"]
+    assert caplog.messages == [
+        f"{root}: 2 of 4 names to exclude match no frame: a#b, v1.5",
+        f"{root}: 2 excluded: 00000, 00002",
+    ]
     file.write_text("# none\n\n")
     assert "exclude.txt: no name in it" in refused(data.read_names, file)
     assert "gone: No such file" in refused(data.read_names, tmp_path / "gone")
     assert "Is a directory" in refused(data.read_names, root)
 
 
+@pytest.mark.parametrize(
+    "line", ["ulm_000000_000001", "ulm_000000_000001_leftImg8bit.png", "train/ulm/ulm_000000_000001_gtFine_labelIds.png"]
+)
+def test_one_list_of_names_serves_both_layouts(tmp_path, line):
+    """A frame may be named as in either, by its image or by its label."""
+    (tmp_path / "exclude.txt").write_text(f"{line}\n")
+    city = write_cityscapes(tmp_path / "a", {"train": 3})
+    (tmp_path / "b" / "images").mkdir(parents=True)
+    for path in city.rglob("*leftImg8bit.png"):  # names as they are
+        (tmp_path / "b" / "images" / path.name).write_bytes(path.read_bytes())
+    exclude = data.read_names(tmp_path / "exclude.txt")
+    for root in (city, tmp_path / "b"):
+        frames = data.list_frames(root, labelled=False, exclude=exclude)
+        assert len(frames) == 2 and list(frames.left_out.values()) == ["excluded"]
+
+
 def test_the_command_lists_problems_or_says_that_there_are_none(tmp_path, monkeypatch, capsys, caplog):
     root = write_gta5(tmp_path / "set", [(20, 30)] * 3)
-    assert command(monkeypatch, capsys, root, "--check-data") == (0, f"{root}: all 3 frames can be read\n", "")
+    status, out, err = command(monkeypatch, capsys, root, "--check-data")
+    first, *shares = out.splitlines()
+    assert (status, first, err) == (0, f"{root}: all 3 frames can be read", "")
+    labels = np.stack([Image.open(path) for path in (root / "labels").iterdir()])
+    expected = {c.name: (labels == c.id).mean() for c in data.CLASSES}
+    assert {" ".join(line.split()[:-1]): line.split()[-1] for line in shares} == {
+        **{name: f"{share:.2%}" for name, share in expected.items()},
+        "void": f"{1 - sum(expected.values()):.2%}",
+    }
     (root / "images" / "00001.png").write_bytes(b"")
     (root / "labels" / "00002.png").write_bytes((root / "labels" / "00002.png").read_bytes()[:-40])
     status, out, err = command(monkeypatch, capsys, root, "--check-data")
@@ -749,3 +776,108 @@ def test_any_crop_keeps_image_and_label_together(tmp_path_factory, seed, height,
     image, label = data.Crops(frames, width, crop, k + 1, seed, labelled=True)[k]
     assert image.shape == (3, *crop) and label.shape == crop
     assert torch.equal(image, torch.from_numpy(colour_of(np.array(IDS)[label.numpy()])).permute(2, 0, 1))
+
+
+# --- what labels hold, and how files are turned
+
+
+def test_labels_without_an_evaluated_class_are_refused(tmp_path):
+    """As those of Cityscapes' test split."""
+    root = write_gta5(tmp_path, [(20, 30)] * 2)
+    for path in (root / "labels").iterdir():
+        Image.fromarray(np.full((20, 30), 3, np.uint8)).save(path)
+    assert "00000.png: all of it is void" in refused(data.check_frames, data.list_frames(root))
+    Image.fromarray(np.full((20, 30), 26, np.uint8)).save(path)
+    data.check_frames(data.list_frames(root))
+
+
+def test_a_palette_with_cityscapes_colours_under_other_indices_is_refused(tmp_path):
+    colours = {c.id: c.color for c in Cityscapes.classes}
+    ids = np.repeat(np.array([7, 8, 11, 26], np.uint8), 5)[None].repeat(10, 0)
+    rgb = np.array([[colours[i] for i in row] for row in ids], np.uint8)
+    Image.fromarray(rgb).quantize(4).save(tmp_path / "quantized.png")
+    assert "has the colour of label id" in refused(data.load_label_ids, tmp_path / "quantized.png")
+    train_ids = Image.fromarray(data.TRAIN_IDS[ids])
+    train_ids.putpalette(data.PALETTE.flatten().tolist())
+    train_ids.save(tmp_path / "train_ids.png")
+    assert "has the colour of label id 7" in refused(data.load_label_ids, tmp_path / "train_ids.png")
+
+
+@pytest.mark.parametrize("palette", ["cityscapes", "grey", "web", "black"])
+def test_other_palettes_are_no_evidence(tmp_path, palette):
+    image = Image.fromarray(np.arange(34, dtype=np.uint8)[None].repeat(4, 0))
+    colours = {"grey": [v for i in range(256) for v in (i, i, i)], "black": [0, 0, 0] * 256}
+    colours["web"] = Image.new("RGB", (1, 1)).convert("P", palette=Image.Palette.WEB).getpalette()
+    colours["cityscapes"] = [v for c in Cityscapes.classes if c.id >= 0 for v in c.color]
+    image.putpalette(colours[palette])
+    image.save(tmp_path / "x.png")
+    assert data.load_label_ids(tmp_path / "x.png")[0].tolist() == list(range(34))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_a_viewer_turns_them(tmp_path, orientation, suffix):
+    """The file holds what a camera saw; EXIF says how it was held."""
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :24], upright[16:, 24:] = 250, 120
+    t = upright.swapaxes(0, 1)
+    seen = [upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1], t, t[::-1], t[::-1, ::-1], t[:, ::-1]][
+        orientation - 1
+    ]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(seen)).save(
+        tmp_path / f"x.{suffix}", exif=exif, **{"quality": 95} if suffix == "jpg" else {}
+    )
+    path = tmp_path / f"x.{suffix}"
+    assert data.image_size(path) == (48, 32)
+    read = data.load_image(path).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(read - upright)[4:12, 4:-4].max() < 8 and np.abs(read - upright)[20:-4, 4:-4].mean() < 8
+
+
+def test_a_large_colour_profile_is_no_fault(tmp_path):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "x.png", icc_profile=bytes(2**20 + 1))
+    assert data.load_image(tmp_path / "x.png").shape == (3, 30, 20)
+
+
+def test_pillows_own_reason_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.Image, "open", lambda *_, **__: (_ for _ in ()).throw(ValueError("a reason")))
+    (tmp_path / "x.png").write_bytes(b"x")
+    assert "not a PNG or JPEG image (a reason)" in refused(data.load_image, tmp_path / "x.png")
+
+
+def test_a_label_kept_as_jpeg_is_named(tmp_path):
+    root = write_gta5(tmp_path, [(20, 30)] * 2)
+    Image.open(root / "labels" / "00001.png").save(root / "labels" / "00001.jpg")
+    data.list_frames(root)  # a copy beside the PNG disturbs nobody
+    (root / "labels" / "00001.png").unlink()
+    assert "00001.jpg: a label as JPEG" in refused(data.list_frames, root)
+
+
+def test_many_left_out_pairs_are_counted_and_the_first_named(tmp_path, caplog):
+    root = write_gta5(tmp_path, [(20, 30)] * 12)
+    for i in range(1, 12):
+        Image.new("L", (30, 21), 7).save(root / "labels" / f"{i:05d}.png")
+    frames = data.list_frames(root)
+    assert len(frames) == 1 and len(frames.left_out) == 11
+    assert caplog.messages == [f"{root}: 11 of 12 pairs left out, sizes differ: 00001, 00002, 00003 and 8 more"]
+
+
+def test_fingerprints_tell_frames_and_their_content_apart_wherever_they_lie(tmp_path):
+    root = write_gta5(tmp_path / "a", [(20, 30)] * 3)
+
+    def now(labelled=True):
+        frames = data.list_frames(root, labelled=labelled)
+        return frames.fingerprint(), frames.content()
+
+    first, unlabelled = now(), now(labelled=False)
+    root = root.rename(tmp_path / "b")
+    assert now() == first and first[0].startswith("3 frames, ")
+    ids = np.array(Image.open(root / "labels" / "00001.png"))
+    ids[0, 0] = 26 if ids[0, 0] != 26 else 7
+    Image.fromarray(ids).save(root / "labels" / "00001.png")
+    assert now()[0] == first[0] and now()[1] != first[1] and now(labelled=False) == unlabelled
+    Image.new("RGB", (30, 20)).save(root / "images" / "00001.png")
+    assert now(labelled=False)[0] == unlabelled[0] and now(labelled=False)[1] != unlabelled[1]
+    Image.new("RGB", (31, 20)).save(root / "images" / "00001.png")
+    assert now(labelled=False)[0] != unlabelled[0]

@@ -190,11 +190,15 @@ def limited(kibibytes, name, *words):
     return run("bash", "-c", f'ulimit -f {kibibytes}; exec "$@"', "bash", sys.executable, ROOT / name, *words)
 
 
+def messages(stderr):
+    """Lines but for progress bars and what a script says as it starts."""
+    lines = stderr.replace("\r", "\n").splitlines()
+    return [line for line in lines if line and not any(words in line for words in ("%|", "it/s", ": CPU, "))]
+
+
 def assert_one_line(result, *said, status=2):
     """The last line says it, and there is nothing after the progress bars but that line."""
-    lines = [
-        line for line in result.stderr.replace("\r", "\n").splitlines() if line and "%|" not in line and "it/s" not in line
-    ]
+    lines = messages(result.stderr)
     assert result.returncode == status and len(lines) == 1, result.stderr
     assert all(word in lines[0] for word in said), lines[0]
 
@@ -322,7 +326,7 @@ def test_arguments_that_do_not_matter_may_change(begun, monkeypatch, tmp_path):
 def test_other_data_are_refused(begun, pair, monkeypatch, capsys, tmp_path):
     (tmp_path / "names").write_text("00001\n")
     assert call(monkeypatch, train_translator, [*begun, "--exclude", tmp_path / "names"]) == 2
-    assert "--source-frames (was 4 frames, " in capsys.readouterr().err
+    assert "frames of --source (was 4 frames, " in capsys.readouterr().err
 
 
 def test_restart_begins_anew(begun, monkeypatch, tmp_path):
@@ -431,7 +435,7 @@ def test_pixels_unreadable_on_the_way_keep_the_last_checkpoint(pair, tmp_path, m
     bad = tmp_path / "s" / "images" / "00002.png"
     bad.write_bytes(bad.read_bytes()[:3000])  # its header is whole
     assert call(monkeypatch, module, words) == 2
-    err = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "%|" not in line]
+    err = messages(capsys.readouterr().err)
     assert len(err) == 1 and f"{bad}: damaged image" in err[0]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["iteration"] >= 1
 
