@@ -34,12 +34,13 @@ import numpy as np
 import scipy.linalg
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, StackDataset
+from torch.utils.data import StackDataset
 
 import adapt_features
 import data
 import evaluate
 import fid
+import loading
 import models
 import runtime
 import train_segmenter
@@ -299,7 +300,7 @@ def translation(args, device, few=2, frames=18):
         row(f"what {frames - few} frames more take, of the generator alone", f"x {ratio:.3f}")
 
 
-def loading(args, device):
+def loader(args, device):
     title("Samples of frames of 1914x1052 and 2048x1024, at width 1024, plain and from --cache", "samples/s", "a worker")
     with tempfile.TemporaryDirectory() as work:
         source, _ = draw(Path(work) / "game", "1052x1914", 8, 1)
@@ -319,11 +320,11 @@ def loading(args, device):
             for name, dataset in stages.items():
                 rates = []
                 for _ in range(args.repeats):
-                    loader = iter(DataLoader(dataset, num_workers=workers))
+                    batches = loading.batches(dataset, [[i] for i in range(len(dataset))], workers)
                     for _ in range(8 * workers):  # processes are up, and every frame is kept
-                        next(loader)
+                        next(batches)
                     start = time.perf_counter()
-                    left = sum(1 for _ in loader)
+                    left = sum(1 for _ in batches)
                     rates.append(left / (time.perf_counter() - start))
                 rate = statistics.median(rates)
                 name = f"{name}, {workers} worker{'s' * (workers > 1)}{', --cache' * bool(cache)}"
@@ -420,7 +421,7 @@ SECTIONS = {
     "memory": memory,
     "segmenters": segmenters,
     "translation": translation,
-    "loading": loading,
+    "loading": loader,
     "scores": scores,
     "fid": fid_section,
 }
