@@ -176,7 +176,7 @@ class ImagePool(training.OfProcess):
                 i = int(torch.randint(self.size, ()))
                 image, self.images[i] = self.images[i], image.clone()
             shown.append(image)
-        return torch.stack(shown)
+        return torch.empty_like(images).copy_(torch.stack(shown))  # in their memory format, which stacking loses
 
     def state_dict(self):
         return {"images": self.images}

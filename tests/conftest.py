@@ -1,5 +1,11 @@
 """Every test starts from one seed; hypothesis takes the same examples at every run and has no time limit on one."""
 
+import os
+
+# Set before torch is imported, and for the scripts that tests start: threads that wait for each other on a busy machine cost
+# small networks a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from commands import SITECUSTOMIZE, script
@@ -8,6 +14,13 @@ from hypothesis import settings
 # A time limit would make the tests fail on a busy machine.
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)
