@@ -344,7 +344,7 @@ def main():
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     settings = {
         "frames": frames.fingerprint(),
-        "content": frames.content(),
+        "content": frames.content(images=True),
         "weights": files.digest(weights),
         "precision": args.precision,
     }
@@ -354,10 +354,13 @@ def main():
         if noted.pop("row", None) in rows and noted == settings:
             print(f"{name}: evaluated")
             return
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out}: a folder, where a table's file is needed")
     for folder in filter(None, (args.out and args.out.parent, args.save_predictions)):
         if runtime.torchrun("RANK", 0) == 0:
             files.check_writable(folder)
     row = table_row(name, scores(evaluate(args, frames)))
+    print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
     if args.out and runtime.is_first():
         with files.lock(args.out.parent, wait=True):  # another model's row may be on its way into the same table
             files.clear_parts(args.out.parent)
@@ -367,7 +370,6 @@ def main():
             files.write_json(note, {"row": row} | settings)  # by which --skip-done sees that the row is this run's
         except OSError as error:
             log.warning("%s: not written (%s), so that --skip-done will evaluate again", note, error.strerror)
-    print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,14 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import os
 import re
 import shutil
 import signal
+import stat
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +187,7 @@ def find_images(folder, exclude=frozenset()):
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and bare(name) not in exclude:
                 images.append(os.path.join(parent, name))
     for path in images:
-        if not os.path.isfile(path):  # to open a FIFO would be to wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would be to wait for ever
             raise ValueError(f"{path}: not a regular file, nor a link to one")
     if len(images) < 2:
         raise ValueError(f"{folder}: {len(images)} images found, a covariance needs at least 2")
@@ -302,8 +305,8 @@ def fingerprint(paths, network):
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
     for path in paths:
-        stat = os.stat(path)
-        digest.update(f"\n{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+        now = os.stat(path)
+        digest.update(f"\n{os.path.abspath(path)} {now.st_size} {now.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]
 
 
@@ -364,8 +367,16 @@ def locked(folder):
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+        for second in itertools.count():
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break
+            if second % 60 == 0:
+                print(f"{folder}: waiting for another process there", file=sys.stderr)
+            time.sleep(1)
         yield
 
 
@@ -445,7 +456,7 @@ def fail(message, status=2):
 
 def torchrun(name, default):
     """A number that torchrun has set in the environment; the default where it did not start this process."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+    return int(os.environ[name]) if {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", name} <= os.environ.keys() else default
 
 
 def parse_arguments():
@@ -524,11 +535,21 @@ def run(args):
     exclude = set()
     if args.exclude:
         with open(args.exclude, encoding="utf-8-sig", errors="surrogateescape") as file:
-            exclude = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file} - {""}
+            exclude = {bare(re.sub(r"(^|\s)#.*", "", line).strip()) for line in file} - {""}
+        if not exclude:
+            raise ValueError(f"{args.exclude}: no name in it, where names of images are needed, one per line")
+        there = {bare(image) for path in paths if os.path.isdir(path) for image in find_images(path)}
+        if unmatched := sorted(exclude - there):
+            print(
+                f"{args.exclude}: {len(unmatched)} of {len(exclude)} names match no image: {unmatched[0]} ...", file=sys.stderr
+            )
     inputs = [open_input(path, args.dims, exclude) for path in paths]
     if args.check or any(isinstance(data, list) for data in inputs):
         network = inception(args.weights, args.dims, args.seed).to(args.device)
     rank, processes = torchrun("RANK", 0), torchrun("WORLD_SIZE", 1)
+    if rank == 0 and not args.check:
+        found = [f"{path}: {len(data)} images" for path, data in zip(paths, inputs, strict=True) if isinstance(data, list)]
+        print("; ".join([f"fid.py: {args.device}, float32", *found]), file=sys.stderr)
     if args.check and rank == 0:
         found = [f"{len(data)} images" if isinstance(data, list) else "statistics" for data in inputs]
         found = [f"{path}: {what}" for path, what in zip(paths, found, strict=True)]
@@ -546,7 +567,7 @@ def run(args):
         return
     if len(inputs) == 2:
         distance = frechet_distance(*inputs[0], *inputs[1])
-        with contextlib.suppress(BrokenPipeError):  # nobody is left to read it; what follows is kept all the same
+        with contextlib.suppress(OSError):  # nobody is left to read it; what follows is kept all the same
             print(f"{column} {distance:.6g}", flush=True)
     if args.save:
         save_statistics(args.save, *inputs[0])
@@ -556,6 +577,9 @@ def run(args):
 
 
 def main():
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, "w"))
     args = parse_arguments()
     try:
         run(args)

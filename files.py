@@ -49,7 +49,9 @@ def write_whole(path, content):
                 disk = os.statvfs(path.parent)
                 free = disk.f_bavail * disk.f_frsize
                 reason = f"{reason}: {len(content):,} bytes are needed, {free:,} are free on its disk"
-                if disk.f_files and not disk.f_favail:
+                if error.errno == errno.EFBIG:
+                    reason = f"{error.strerror}: {len(content):,} bytes are more than ulimit -f allows"
+                elif disk.f_files and not disk.f_favail:
                     reason = f"{error.strerror}: its disk holds as many files as it can (no inodes are left)"
             raise OSError(error.errno, reason, str(path)) from error
         raise
@@ -59,7 +61,7 @@ def check_writable(folder):
     """Make a folder; OSError naming it if nothing can be written there. Before the work, not after it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ".writable", b"")
+    write_whole(folder / ".writable", bytes(65536))  # room for a table
     (folder / ".writable").unlink(missing_ok=True)
 
 
@@ -70,7 +72,9 @@ def write_left_out(folder, left_out):
 
 
 def digest(path):
-    """The sha256 of a file's content, in hexadecimal digits."""
+    """The sha256 of a file's content, in hexadecimal digits. ValueError if it is none, a FIFO say."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: No such file")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

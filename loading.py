@@ -3,6 +3,8 @@ without a word.
 """
 
 import logging
+import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import runtime
 
 log = logging.getLogger("loading")
+KILLED = "a process that reads images was killed, most likely for lack of memory: lower --workers or --width"
 PATIENCE = 120  # seconds without a batch after which the log says what is waited for
 
 
@@ -40,24 +43,32 @@ def batches(dataset, indices, workers, device=None, collate=stacked):
         pin_memory=device is not None and device.type == "cuda",
         worker_init_fn=runtime.serve_parent,
     )
+    before = set(multiprocessing.active_children())
     iterator = iter(loader)
-    if loader.num_workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise in the middle of a step
+    readers = [child for child in multiprocessing.active_children() if child not in before]
     waiting, over = {}, threading.Event()
-    threading.Thread(target=_watch, args=(dataset, waiting, over), daemon=True).start()
+
+    def notice(*_):
+        """What a reader that died was about to send is waited for for ever. DataLoader's handler raises amid a step, too."""
+        if waiting and not all(reader.is_alive() for reader in readers):
+            raise ChildProcessError(KILLED)
+
+    if readers:
+        signal.signal(signal.SIGCHLD, notice)
+    threading.Thread(target=_watch, args=(dataset, waiting, readers, over), daemon=True).start()
     try:
         for batch in indices:
             waiting |= {"batch": batch, "since": time.monotonic(), "due": time.monotonic() + PATIENCE}
             try:
                 read = next(iterator)
             except RuntimeError as error:  # the loader's own: errors of samples come as batches
-                reason = f"a process that reads images was killed ({str(error).splitlines()[0]})"
-                raise ChildProcessError(f"{reason}, most likely for lack of memory: lower --workers or --width") from None
+                raise ChildProcessError(KILLED) from error
             waiting.clear()
             if read.error:
                 raise read.error
             yield read.tensors(device)
     finally:
+        waiting.clear()
         over.set()
 
 
@@ -107,13 +118,15 @@ def _as_it_is(batch):
     return batch
 
 
-def _watch(dataset, waiting, over):
+def _watch(dataset, waiting, readers, over):
     """Log what is waited for, every PATIENCE seconds. waiting: a batch, since when, and when to say so, or nothing."""
     while not over.wait(min(1, PATIENCE)):
+        if waiting and not all(reader.is_alive() for reader in readers):  # it died while a step was under way
+            os.kill(os.getpid(), signal.SIGCHLD)
         now, late = time.monotonic(), waiting.copy()
         if late and now > late["due"]:
             waiting["due"] = now + PATIENCE
             sets = getattr(dataset, "datasets", [dataset])  # a StackDataset's
             names = [str(part.frame(i).image) for i in late["batch"] for part in sets]
             more = f" or one of {len(names) - 3} more" if names[3:] else ""
-            log.warning("nothing was read for %.0f s: waiting for %s%s", now - late["since"], ", ".join(names[:3]), more)
+            log.error("nothing was read for %.0f s: waiting for %s%s", now - late["since"], ", ".join(names[:3]), more)

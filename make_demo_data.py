@@ -15,10 +15,10 @@ there, so that the gap between them is one of appearance: the kind that CLADA is
 import argparse
 import math
 import os
-import signal
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -532,11 +532,6 @@ def write_frame(frame, out, seed, height, width):
         files.write_whole(path, files.png_bytes(picture))
 
 
-def serve_parent():
-    runtime.serve_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which a pool ends them
-
-
 def is_finished(out, arguments):
     """Does OUT hold all frames of these arguments? ValueError if it holds something else."""
     done, begun = out / "demo.json", out / "demo.unfinished.json"
@@ -593,9 +588,14 @@ def main(argv=None):
             folder.mkdir(parents=True, exist_ok=True)
             files.clear_parts(folder)
         work = partial(write_frame, out=args.out, seed=args.seed, height=height, width=width)
-        with Pool(initializer=serve_parent) as pool:
-            for _ in tqdm(pool.imap_unordered(work, frames, chunksize=4), total=len(frames), unit="frame", desc="demo data"):
+        pool = ProcessPoolExecutor(initializer=runtime.serve_parent)
+        try:
+            for _ in tqdm(pool.map(work, frames, chunksize=4), total=len(frames), unit="frame", desc="demo data"):
                 pass
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a process that draws frames was killed, most likely for lack of memory") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         os.replace(args.out / "demo.unfinished.json", args.out / "demo.json")
 
 

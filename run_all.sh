@@ -20,7 +20,7 @@
 #   PYTHON             the Python to use as it is, without any set-up
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
 set -euo pipefail
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 [ -f "$HERE/train_translator.py" ] || HERE=$PWD # Slurm runs a copy of this file, in the folder where sbatch was called
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
@@ -109,6 +109,8 @@ if [ -n "${EXCLUDE:-}" ]; then
 fi
 split() { # NAME TEXT: words, of which quotes may hold spaces together, appended to an array
     local -n array=$1
+    [ -n "$2" ] || return 0
+    command -v xargs >/dev/null || fail "xargs is missing; on Debian and Ubuntu: apt install findutils"
     local words
     words=$(xargs -r -n 1 printf '%s\n' <<<"$2" 2>/dev/null) || fail "$2: its quotes do not match"
     [ -z "$words" ] || readarray -t -O ${#array[@]} array <<<"$words"

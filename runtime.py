@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import traceback
 import warnings
@@ -38,7 +39,7 @@ def run_script(main):
     _outlast_readers()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     if torchrun("RANK", 0) > 0:  # what all processes would say, the first one says
-        logging.disable()
+        logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _interrupt)
     status, together = 0, True
@@ -55,7 +56,8 @@ def run_script(main):
             traceback.print_exc()
         else:
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-    _end_children()
+    finally:
+        _end_children()
     if together and dist.is_initialized():
         # Else gloo's threads abort the interpreter's end now and then. Alone it could block: others notice this exit.
         dist.destroy_process_group()
@@ -84,6 +86,7 @@ def _explained(error):
 NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory")
 OUT_OF = {  # what the system lacks where no file is named
     errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
+    errno.EROFS: "/dev/shm is read-only; give --workers 0",
     errno.EMFILE: "raise ulimit -n, or lower --workers",
     errno.EAGAIN: "raise ulimit -u, or lower --workers",
 }
@@ -94,7 +97,7 @@ class _Outlasting(io.FileIO):
 
     def write(self, content):
         try:
-            return super().write(content)
+            return super().write(content) or len(content)  # None: a pipe that is full and does not wait
         except OSError:
             return len(content)
 
@@ -103,7 +106,9 @@ def _outlast_readers():
     """Lose output for which nobody is left (a closed pipe, a full disk), and not the work that it reports."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):
+        if stream is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__"):
             raw = io.BufferedWriter(_Outlasting(stream.fileno(), "w", closefd=False))
             # A file's name need not be UTF-8.
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
@@ -121,7 +126,11 @@ def _end_children():
 
 def torchrun(name, default):
     """A number that torchrun has set in the environment; the default where it did not start this process."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+    started = "TORCHELASTIC_RUN_ID" in os.environ and all(os.environ.get(n, "").isdecimal() for n in TORCHRUN)
+    return int(os.environ[name]) if started else default
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
 def number(kind, least, most, what=None):
@@ -366,8 +375,17 @@ def join_processes(device):
         if shares and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             # Restarted processes find the addresses of their dead predecessors in it, and wait for them for half an hour.
             raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
+        if shares:
+            address = os.environ.get("MASTER_ADDR", ""), int(os.environ["MASTER_PORT"])
+            try:
+                socket.create_connection(address, timeout=60).close()
+            except OSError as error:
+                left = "if another one left its variables, unset TORCHELASTIC_RUN_ID"
+                raise ValueError(f"torchrun is not at {address[0]}:{address[1]} ({error}); {left}") from error
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in C++ a handler would have to wait
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # the slowest GPU may be hours behind
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def processes():

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -117,7 +118,8 @@ class Run:
         self.compare_arguments(free=FREE_ARGUMENTS - {f"content_of_{name}" for name in frames})
         print(f"{self.out}: finished")
         if runtime.is_first() and not self.args.check:
-            files.write_json(self.out / "args.json", self.arguments)  # where the data lie now
+            with contextlib.suppress(OSError):  # of an archive
+                files.write_json(self.out / "args.json", self.arguments)  # where the data lie now
         return True
 
     def restore(self, **state):
@@ -151,6 +153,7 @@ class Run:
             files.write_json(self.out / "args.json", self.arguments)
             if self.left_out:
                 files.write_left_out(self.out, self.left_out)
+            self._check_disk()
         found = (
             (key.removeprefix("frames_of_"), value) for key, value in self.arguments.items() if key.startswith("frames_of_")
         )
@@ -158,6 +161,14 @@ class Run:
         place = f"resumes after {self.iteration}" if self.iteration else "starts"
         where = runtime.describe(self.device, self.args.precision)
         log.info("%s: %s; %s; %s of %d steps", self.out, where, ", ".join(frames), place, self.args.iterations)
+
+    def _check_disk(self):
+        """ValueError if a checkpoint will not fit: each parameter, its two moments, and the file that it replaces."""
+        size = sum(tensor.nbytes for _, tensor in _tensors({name: part.state_dict() for name, part in self.state.items()}, ""))
+        needed = 2 * (size if self.iteration else 3 * size)
+        free = shutil.disk_usage(self.out).free + (self.checkpoint.stat().st_size if self.checkpoint.is_file() else 0)
+        if free < needed:
+            raise ValueError(f"{self.out}: checkpoints need {needed:,} bytes of its disk, {free:,} are free")
 
     def _load(self):
         with open(self.checkpoint, "rb") as file:
@@ -190,7 +201,7 @@ class Run:
         return {name: self.arguments.get(name) for name in names}
 
     def _clear(self):
-        for name in ("weights.pt", "checkpoint.pt", "log.csv", "summary.json", "evaluation.json", "args.json"):
+        for name in ("weights.pt", "checkpoint.pt", "log.csv", "summary.json", "evaluation.json", "left_out.txt", "args.json"):
             (self.out / name).unlink(missing_ok=True)
         for sample in (self.out / "samples").glob("*.png"):
             sample.unlink()
@@ -203,8 +214,10 @@ class Run:
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
         self.clock = StepClock(self.device)
         self.warm_up()
-        with _caught_signals() as signals, bar:
+        self.is_waiting = True
+        with _caught_signals(self) as signals, bar, self._saving_if_stopped(signals):
             for batch in batches:
+                self.is_waiting = False
                 torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
                 self.clock.enter("step")
                 yield self.iteration, batch
@@ -220,6 +233,15 @@ class Run:
                 if signalled and not last:
                     sys.exit(128 + signalled)
                 bar.update()
+                self.is_waiting = True
+
+    @contextlib.contextmanager
+    def _saving_if_stopped(self, signals):
+        try:
+            yield
+        except _Stopped:
+            self.save()
+            sys.exit(128 + signals[0])
 
     def warm_up(self):
         """The next steps are the first of their kind: on CUDA, their peak memory is not the run's."""
@@ -470,16 +492,27 @@ class _Batches:
             yield range(first, first + self.batch_size)
 
 
+class _Stopped(BaseException):
+    """A signal while a batch is waited for: between two steps, however long it takes."""
+
+
 @contextlib.contextmanager
-def _caught_signals():
+def _caught_signals(run):
     """A list that SIGTERM, SIGINT and SIGHUP append to, so that the step under way is finished and saved first.
 
-    However often one comes: to a process group, torchrun and run_all.sh pass on what its members have had already.
+    However often one comes: to a process group, torchrun and run_all.sh pass on what its members have had already. A process
+    of many goes on to the next step, so that all stop after the same one.
     """
     caught, previous = [], {}
+
+    def catch(number, frame):
+        caught.append(number)
+        if run.is_waiting and len(caught) == 1 and runtime.processes() == 1:
+            raise _Stopped
+
     for sign in runtime.STOP_SIGNALS:
         if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN:  # nohup's wish is respected
-            previous[sign] = signal.signal(sign, lambda sign, frame: caught.append(sign))
+            previous[sign] = signal.signal(sign, catch)
     try:
         yield caught
     finally:

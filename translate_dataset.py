@@ -88,7 +88,7 @@ def check_disk(out, frames, width):
     w, h = data.image_size(frames[0].image)
     needed, free = len(frames) * 2 * width * round(h * width / w), shutil.disk_usage(out).free
     if free < needed:
-        raise ValueError(f"--out {out}: {needed / 2**30:.1f} GiB needed for {len(frames)} frames, {free / 2**30:.1f} free")
+        raise ValueError(f"--out {out}: {needed / 2**20:,.1f} MiB needed for {len(frames)} frames, {free / 2**20:,.1f} free")
 
 
 def main():

@@ -835,6 +835,22 @@ def test_images_are_turned_as_a_viewer_turns_them(tmp_path, orientation, suffix)
     assert np.abs(read - upright)[4:12, 4:-4].max() < 8 and np.abs(read - upright)[20:-4, 4:-4].mean() < 8
 
 
+@pytest.mark.parametrize("tag", [0, 9, 65535])
+def test_an_orientation_that_is_none_turns_nothing(tmp_path, tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    Image.new("RGB", (48, 32)).save(tmp_path / "x.jpg", exif=exif)
+    assert data.image_size(tmp_path / "x.jpg") == (48, 32) and data.load_image(tmp_path / "x.jpg").shape == (3, 32, 48)
+
+
+def test_train_ids_in_the_place_of_label_ids_are_mentioned(tmp_path, caplog):
+    root = write_gta5(tmp_path, [(20, 30)] * 2)
+    for path in (root / "labels").iterdir():
+        Image.fromarray(np.tile(np.array([0, 8, 13, 255], np.uint8), (20, 8))[:, :30]).save(path)
+    data.check_frames(data.list_frames(root))
+    assert "are they train ids" in caplog.text
+
+
 def test_a_large_colour_profile_is_no_fault(tmp_path):
     Image.new("RGB", (20, 30), "red").save(tmp_path / "x.png", icc_profile=bytes(2**20 + 1))
     assert data.load_image(tmp_path / "x.png").shape == (3, 30, 20)

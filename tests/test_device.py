@@ -177,6 +177,12 @@ def test_peak_memory_leaves_out_the_first_steps(tmp_path, cuda, again):
 # --- the device
 
 
+def started_by_torchrun(monkeypatch, **values):
+    variables = {"TORCHELASTIC_RUN_ID": "x"} | dict.fromkeys(runtime.TORCHRUN, 1) | values
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_a_gpu_that_is_not_there_is_one_line_that_says_what_is_needed(pair, tmp_path):
     words = ["--source", pair / "source", "--target", pair / "target", "--method", "cut", "--out", tmp_path / "a"]
     result = script("train_translator.py", *words, "--device", "cuda")
@@ -251,8 +257,7 @@ def test_a_busy_gpu_is_no_reason_to_train_on_the_cpu(broken_gpu, flags, monkeypa
 
 def test_one_process_of_many_does_not_take_the_cpu_alone(broken_gpu, flags, monkeypatch):
     """The others would wait for it on their GPUs."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    started_by_torchrun(monkeypatch, LOCAL_RANK=1)
     with pytest.raises(ValueError, match="--device cuda:1: "):
         runtime.pick_device("auto")
     monkeypatch.setenv("LOCAL_RANK", "5")
@@ -269,8 +274,7 @@ def test_one_worker_per_core_of_this_process(monkeypatch, cores, processes, expe
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if processes is not None:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        started_by_torchrun(monkeypatch, LOCAL_WORLD_SIZE=processes)
     assert train_translator.parse_args("--source s --target t --out o --method cut".split()).workers == expected
 
 

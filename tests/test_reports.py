@@ -119,8 +119,10 @@ def test_a_damaged_frame_ends_run_all(damaged, tmp_path):
     assert result.returncode == 2 and "00002.png: damaged image" in last_line(result)
 
 
-def test_a_reading_process_that_is_killed_is_said(pair, tmp_path):
-    words = trainers(pair, tmp_path)["train_translator.py"]
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_reading_process_that_is_killed_is_said(pair, tmp_path, batch):
+    """Also one that was writing a batch larger than its pipe holds, for whose end one would wait for ever."""
+    words = [*trainers(pair, tmp_path)["train_translator.py"], "--batch-size", batch, "--log-every", 1]
     command = [sys.executable, ROOT / "train_translator.py", *words, "--iterations", 100_000, "--workers", 2]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     children = []
@@ -506,3 +508,56 @@ def test_what_a_script_decides_is_said_as_it_starts(pair, runs, tmp_path):
         (line,) = [line for line in result.stderr.splitlines() if ": CPU, " in line]
         assert words in line and ("fp32" in line or "bf16" in line)
     assert data.list_frames(pair / "source").left_out == {}
+
+
+def test_a_signal_ends_training_that_waits_for_a_stalled_disk(pair, tmp_path):
+    """Its readers are stopped, as in the middle of a read that never ends; a second signal changes nothing."""
+    words = [*trainers(pair, tmp_path)["train_translator.py"], "--iterations", 100_000, "--workers", 2, "--save-every", 5]
+    command = [sys.executable, ROOT / "train_translator.py", *words]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "translator" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    for child in children:
+        os.kill(int(child), signal.SIGSTOP)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in stderr, stderr
+    assert torch.load(tmp_path / "translator" / "checkpoint.pt", weights_only=True)["iteration"] > 5
+
+
+def test_closed_streams_cost_no_work(pair, runs, tmp_path):
+    words = " ".join(f'"{word}"' for word in trainers(pair, tmp_path)["train_translator.py"])
+    command = f"{sys.executable} {ROOT}/train_translator.py {words} --iterations 2 <&- >&- 2>&-"
+    assert run("bash", "-c", command).returncode == 0 and (tmp_path / "translator" / "weights.pt").exists()
+
+
+def test_runs_of_older_versions_are_resumed(pair, runs, tmp_path):
+    """Whose args.json have other entries for the data: what cannot be compared is not."""
+    shutil.copytree(runs / "translator", tmp_path / "translator")
+    held = json.loads((tmp_path / "translator" / "args.json").read_text())
+    held = {key: value for key, value in held.items() if "_of_" not in key} | {"source_frames": "4 frames, 0123456789ab"}
+    (tmp_path / "translator" / "args.json").write_text(json.dumps(held))
+    words = [*trainers(pair, tmp_path)["train_translator.py"], "--iterations", 1]
+    result = script("train_translator.py", *words)
+    assert result.returncode == 0 and "finished" in result.stdout, result.stderr
+
+
+def test_a_disk_too_small_for_checkpoints_is_said_at_the_start(pair, tmp_path):
+    words = [*trainers(pair, tmp_path)["train_translator.py"][:-1], tmp_path / "small" / "run", "--iterations", 9]
+    before = f"mkdir -p '{tmp_path}/small'; mount -t tmpfs -o size=200k small '{tmp_path}/small'"
+    result = namespace(sys.executable, ROOT / "train_translator.py", *words, before=before)
+    assert result.returncode == 2 and "checkpoints need" in last_line(result) and "%|" not in result.stderr
+
+
+def test_a_drawing_process_that_is_killed_is_said(tmp_path):
+    command = [sys.executable, ROOT / "make_demo_data.py", tmp_path / "d", "--size", "512x1024", "--source-count", 400]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("*.png")) and process.poll() is None:
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "a process that draws frames was killed" in stderr.splitlines()[-1], stderr
