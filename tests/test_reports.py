@@ -129,7 +129,8 @@ def test_a_reading_process_that_is_killed_is_said(pair, tmp_path, batch):
     while not (tmp_path / "translator" / "log.csv").exists() and process.poll() is None:
         time.sleep(0.1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 1, stderr
     assert "a process that reads images was killed" in stderr.splitlines()[-1] and "--workers" in stderr.splitlines()[-1]
