@@ -450,7 +450,7 @@ def test_words_of_a_stage_may_hold_spaces(pair, tmp_path):
         "PYTHON": sys.executable,
     }
     settings |= {"METHODS": "cut", "FID_WEIGHTS": "random", "TRANSLATOR_ARGS": "--target-splits 'no such split'"}
-    assert "no such split" in run("bash", ROOT / "run_all.sh", **settings).stderr
+    assert "leftImg8bit/no such split: " in run("bash", ROOT / "run_all.sh", **settings).stderr
     result = run("bash", ROOT / "run_all.sh", **settings | {"TRANSLATOR_ARGS": "--target-splits 'no such split"})
     assert result.returncode == 2 and "quotes" in result.stderr
 
