@@ -158,9 +158,9 @@ class Run:
             (key.removeprefix("frames_of_"), value) for key, value in self.arguments.items() if key.startswith("frames_of_")
         )
         frames = [f"{name}: {value.partition(',')[0]}" for name, value in found]
-        place = f"resumes after {self.iteration}" if self.iteration else "starts"
+        place = f"resumes after {self.iteration} of" if self.iteration else "starts on"
         where = runtime.describe(self.device, self.args.precision)
-        log.info("%s: %s; %s; %s of %d steps", self.out, where, ", ".join(frames), place, self.args.iterations)
+        log.info("%s: %s; %s; %s %d steps", self.out, where, ", ".join(frames), place, self.args.iterations)
 
     def _check_disk(self):
         """ValueError if a checkpoint will not fit: each parameter, its two moments, and the file that it replaces."""

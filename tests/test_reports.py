@@ -499,7 +499,7 @@ def test_who_waits_for_a_lock_says_for_whom(tmp_path):
 
 def test_what_a_script_decides_is_said_as_it_starts(pair, runs, tmp_path):
     expected = {
-        "train_segmenter.py": "starts of 1 steps",
+        "train_segmenter.py": "starts on 1 steps",
         "translate_dataset.py": "4 frames, 0 of them done",
         "evaluate.py": "4 frames",
     }
