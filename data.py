@@ -74,13 +74,16 @@ class FrameList(list):
     left_out = {}
 
     def fingerprint(self):
-        """What tells these frames from others, wherever they lie: how many, and a hash of their names and sizes in pixels."""
+        """The number of frames and a hash of their names and sizes in pixels: the same wherever the data set lies.
+
+        Raises ValueError for an image whose header cannot be read.
+        """
         sizes = [*_each(lambda frame: image_size(frame.image), self)]
         _refuse([size for size in sizes if isinstance(size, str)])
         return f"{len(self)} frames, {_hashed(f'{frame.name} {size}' for frame, size in zip(self, sizes))}"
 
     def content(self, images=False):
-        """A hash of what their files hold, of images, without `images`, the size in bytes alone: has something changed?"""
+        """A hash of the labels' content and the image files' sizes in bytes; with `images`, of the images' content, too."""
 
         def of(frame):
             label = hashlib.sha256(frame.label.read_bytes()).hexdigest() if frame.label else ""
@@ -438,8 +441,8 @@ def resize_to_width(frame, width):
 def load_at_width(path, width, load=load_image, cache=None):
     """load(path), resized to `width`; `load` is load_image or load_label_ids, and raises what it raises.
 
-    cache: a folder that keeps what was resized, as PNG, which decodes in a quarter of the time where frames have twice the
-    width. What is kept is found by the file's path, its size and its time of change; damaged, it is made again.
+    cache: a folder that keeps resized frames as PNG, which decode faster than larger originals. A kept frame is found by its
+    original's path, size and modification time; a damaged one is made again.
     """
     if cache is None:
         return resize_to_width(load(path), width)

@@ -203,7 +203,7 @@ def bare(name):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """A batch of numbers -> float32 array (B, 3, 299, 299) of those files in [0, 1], or a line that says what is wrong.
+    """Indices of B files -> float32 array (B, 3, 299, 299) in [0, 1]; a line that says what is wrong; None for lack of memory.
 
     Each is resized here, in the worker, so that a folder may mix sizes, and turned as EXIF says, which pytorch-fid does not.
     Arrays pass through a pipe; tensors would need room in /dev/shm, of which containers have little. An error passes as
@@ -216,8 +216,10 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, batch):
         try:
             return np.stack([self.read(self.paths[i]) for i in batch])
-        except (ValueError, MemoryError) as error:
-            return str(error) or "not enough memory"
+        except ValueError as error:
+            return str(error)
+        except MemoryError:
+            return None
 
     def read(self, path):
         try:
@@ -227,6 +229,8 @@ class ImageFiles(torch.utils.data.Dataset):
                 if image.mode[0] in "IF":  # 16 or 32 bits a channel: Pillow would clip these at 255 and say nothing
                     raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
                 rgb = to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        except MemoryError:  # which says nothing of the file
+            raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path}: not an image that can be read ({error})") from error
         return resize(rgb[None])[0].numpy()
@@ -270,6 +274,8 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     features = {}
     with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=rank > 0 or None) as progress:
         for indices, batch in zip(own, loader, strict=True):
+            if batch is None:
+                raise MemoryError
             if isinstance(batch, str):
                 raise ValueError(batch)
             features[indices.start] = network(torch.from_numpy(batch).to(device)).cpu().numpy()

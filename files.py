@@ -72,9 +72,9 @@ def write_left_out(folder, left_out):
 
 
 def digest(path):
-    """The sha256 of a file's content, in hexadecimal digits. ValueError if it is none, a FIFO say."""
+    """The sha256 of a file's content, in hexadecimal digits. ValueError if it is not a regular file."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: No such file")
+        raise ValueError(f"{path}: {'not a regular file' if Path(path).exists() else 'No such file'}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

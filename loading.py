@@ -1,5 +1,5 @@
-"""Batches that processes read ahead, handed over such that a damaged frame, a small /dev/shm or a stalled disk stops nothing
-without a word.
+"""Batches read ahead by worker processes. A damaged frame, a killed worker or a small /dev/shm ends in an error, never in a
+hang, and the log names the frame that a stalled disk does not deliver.
 """
 
 import logging
@@ -49,7 +49,7 @@ def batches(dataset, indices, workers, device=None, collate=stacked):
     waiting, over = {}, threading.Event()
 
     def notice(*_):
-        """What a reader that died was about to send is waited for for ever. DataLoader's handler raises amid a step, too."""
+        """Raise for a dead worker, whose half-sent batch would be waited for for ever; but never in the middle of a step."""
         if waiting and not all(reader.is_alive() for reader in readers):
             raise ChildProcessError(KILLED)
 

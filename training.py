@@ -70,6 +70,8 @@ class Run:
         inputs = [getattr(args, name, None) for name in ("source", "target", "data", "segmenter")]
         files.check_out(self.out, *inputs)
         files.check_out(args.cache or os.devnull, *inputs, flag="--cache")
+        if args.cache and args.cache.exists() and not args.cache.is_dir():
+            raise ValueError(f"--cache {args.cache}: a file, where a folder is needed")
         self._read_stored()
         if args.precision == "auto":
             args.precision = self.stored.get("precision") or runtime.pick_precision("auto", self.device)

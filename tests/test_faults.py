@@ -532,6 +532,8 @@ def test_nothing_is_written_into_a_data_set(pair, tmp_path, monkeypatch, capsys,
     assert "which is only read" in capsys.readouterr().err and sorted(pair.rglob("*")) == before
     assert call(monkeypatch, module, [*words, "--out", tmp_path / "a", "--cache", pair / "target" / inside]) == 2
     assert "--cache" in capsys.readouterr().err and sorted(pair.rglob("*")) == before
+    assert call(monkeypatch, module, [*words, "--out", tmp_path / "a", "--cache", __file__]) == 2
+    assert "a folder is needed" in capsys.readouterr().err
 
 
 # --- by hand: minutes
