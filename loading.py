@@ -55,7 +55,8 @@ def batches(dataset, indices, workers, device=None, collate=stacked):
 
     if readers:
         signal.signal(signal.SIGCHLD, notice)
-    threading.Thread(target=_watch, args=(dataset, waiting, readers, over), daemon=True).start()
+    # No daemon: one that wakes while the interpreter ends aborts it. It ends with the loop or with the main thread.
+    threading.Thread(target=_watch, args=(dataset, waiting, readers, over)).start()
     try:
         for batch in indices:
             waiting |= {"batch": batch, "since": time.monotonic(), "due": time.monotonic() + PATIENCE}
@@ -120,7 +121,7 @@ def _as_it_is(batch):
 
 def _watch(dataset, waiting, readers, over):
     """Log what is waited for, every PATIENCE seconds. waiting: a batch, since when, and when to say so, or nothing."""
-    while not over.wait(min(1, PATIENCE)):
+    while not over.wait(0.5) and threading.main_thread().is_alive():
         if waiting and not all(reader.is_alive() for reader in readers):  # it died while a step was under way
             os.kill(os.getpid(), signal.SIGCHLD)
         now, late = time.monotonic(), waiting.copy()
