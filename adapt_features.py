@@ -67,13 +67,14 @@ class Gate:
     def __init__(self, threshold, device=None):
         self.threshold = threshold
         self.accuracies = torch.zeros(GATE_WINDOW, device=device)  # a ring
-        self.opened, self.asked = torch.zeros((), dtype=torch.int64, device=device), 0
+        self.places = torch.arange(GATE_WINDOW, device=device)
+        self.opened, self.asked = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
     def opens(self, accuracy):
         """Take in the accuracy of the newest batch, a scalar in [0, 1] -> 1.0 if the adversarial term may reach F, or 0.0."""
-        self.accuracies[self.asked % GATE_WINDOW] = accuracy
+        self.accuracies.masked_fill_(self.places == self.asked % GATE_WINDOW, accuracy)
         self.asked += 1
-        is_open = self.accuracies.sum() / min(self.asked, GATE_WINDOW) > self.threshold
+        is_open = self.accuracies.sum() / self.asked.clamp(max=GATE_WINDOW) > self.threshold
         self.opened += is_open
         return is_open.float()
 
@@ -83,7 +84,7 @@ class Gate:
     def load_state_dict(self, state):
         self.accuracies.copy_(state["accuracies"])
         self.opened.copy_(state["opened"])
-        self.asked = int(state["asked"])
+        self.asked.fill_(int(state["asked"]))
 
 
 def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
@@ -140,29 +141,20 @@ def main():
         data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, labelled=True, cache=args.cache),
         data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1, cache=args.cache),
     )
+    networks, rest = (segmenter, discriminator, opt_F, opt_D, gate), (args.layer, args.adversarial_weight)
+    autocast = runtime.autocast(run.device, args.precision)
+    step = training.GraphedStep(lambda *batch: training_step(*networks, batch, *rest, autocast), run.device)
     for iteration, ((x, labels), y) in run.iterations(dataset):
         lr = training.constant_then_linear(iteration, args.iterations, args.lr)
-        for group in opt_F.param_groups:
-            group["lr"] = lr
+        training.set_learning_rate(opt_F, lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
-        losses = training_step(
-            segmenter,
-            discriminator,
-            opt_F,
-            opt_D,
-            gate,
-            (x, labels, y),
-            args.layer,
-            args.adversarial_weight,
-            runtime.autocast(run.device, args.precision),
-        )
-        run.log(losses, lr=lr)
-    opened = int(gate.opened)
+        run.log(step(x, labels, y), lr=lr)
+    opened, asked = int(gate.opened), int(gate.asked)
     if args.adversarial_weight > 0:
-        print(f"{args.out}: the gate let the adversary through in {opened} of {gate.asked} steps")
+        print(f"{args.out}: the gate let the adversary through in {opened} of {asked} steps")
         if opened == 0:
             print(f"{args.out}: D_feat never passed --gate {args.gate}: this is fine-tuning without an adversary")
-    run.finish(models.network_state(segmenter), gate_opened=opened, gate_asked=gate.asked)
+    run.finish(models.network_state(segmenter), gate_opened=opened, gate_asked=asked)
 
 
 if __name__ == "__main__":

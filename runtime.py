@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import files
 
 log = logging.getLogger("runtime")
+warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # of steps that no graph records
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,8 +432,14 @@ def synchronised(network, device):
 
 
 def adam(parameters, lr, betas=(0.9, 0.999)):
-    """torch's Adam, in one kernel a step instead of a dozen small ones a parameter (`fused`); the CPU gains most."""
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+    """torch's Adam, in one kernel a step instead of a dozen small ones a parameter (`fused`); the CPU gains most.
+
+    On a GPU the learning rate is a tensor, since a CUDA graph would keep a number as it was when it was recorded.
+    """
+    parameters = list(parameters)
+    is_cuda = parameters[0].is_cuda
+    rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device) if is_cuda else lr
+    return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True, capturable=is_cuda)
 
 
 def update(optimizer, loss):

@@ -74,16 +74,22 @@ def main():
     run.restore(segmenter=segmenter, optimizer=optimizer)
 
     dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
+    autocast = runtime.autocast(run.device, args.precision)
+
+    def step(images, labels):
+        return training_step(segmenter, optimizer, images, labels, autocast)
+
+    graphed = training.GraphedStep(step, run.device)
     for iteration, (images, labels) in run.iterations(dataset):
         frozen = iteration < args.freeze_iterations
         if segmenter.encoder_frozen != frozen:
             segmenter.freeze_encoder(frozen)
+            graphed = training.GraphedStep(step, run.device)
             run.warm_up()
         lr = learning_rate(iteration, args.iterations, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        training.set_learning_rate(optimizer, lr)
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
-        logits, loss = training_step(segmenter, optimizer, images, labels, runtime.autocast(run.device, args.precision))
+        logits, loss = graphed(images, labels)
         run.log({"loss": loss}, lr=lr)
         if run.saves_next:
             run.save_grid(images, *(data.colourise(ids.cpu()) / 255 for ids in (logits.argmax(1), labels)))

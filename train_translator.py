@@ -126,7 +126,7 @@ class CycleTranslation:
         self.D_y, self.D_x = (_on(device, models.PatchDiscriminator(**options)) for _ in range(2))
         self.opt_G = runtime.adam([*self.G.parameters(), *self.G_back.parameters()], lr=args.lr, betas=BETAS)
         self.opt_D = runtime.adam([*self.D_y.parameters(), *self.D_x.parameters()], lr=args.lr, betas=BETAS)
-        self.pool_y, self.pool_x = ImagePool(POOL_SIZE), ImagePool(POOL_SIZE)
+        self.pool_y, self.pool_x = ImagePool(POOL_SIZE, device), ImagePool(POOL_SIZE, device)
         names = ("G", "G_back", "D_y", "D_x", "opt_G", "opt_D", "pool_y", "pool_x")
         self.state = {name: getattr(self, name) for name in names}
 
@@ -163,28 +163,37 @@ def l1(a, b):
 class ImagePool(training.OfProcess):
     """The last translations, half of which D is shown instead of the newest (Shrivastava et al. 2017; Zhu et al. 2017)."""
 
-    def __init__(self, size):
-        self.size, self.images = size, []
+    def __init__(self, size, device=None):
+        self.size, self.images = size, None
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # of images stored; all decisions stay on the device
 
     def exchange(self, images):
         """(B, 3, H, W) -> as many; while the pool fills, the same; then each with probability 1/2 against a stored one."""
-        shown = []
-        for image in images:
-            if len(self.images) < self.size:
-                self.images.append(image.clone())
-            elif torch.rand(()) < 0.5:
-                i = int(torch.randint(self.size, ()))
-                image, self.images[i] = self.images[i], image.clone()
-            shown.append(image)
-        return torch.empty_like(images).copy_(torch.stack(shown))  # in their memory format, which stacking loses
+        if self.images is None:
+            self.images = images.new_zeros((self.size, *images.shape[1:]))
+        shown = torch.empty_like(images)  # in their memory format
+        for new, place in zip(images, shown, strict=True):
+            is_full = self.count == self.size
+            draw, coin = torch.randint(self.size, (1,), device=images.device), torch.rand((), device=images.device)
+            index = torch.where(is_full, draw, self.count)
+            stored = self.images.index_select(0, index)[0]
+            is_exchanged = is_full & (coin < 0.5)
+            place.copy_(torch.where(is_exchanged, stored, new))
+            self.images.index_copy_(0, index, torch.where(is_exchanged | ~is_full, new, stored)[None])
+            self.count += ~is_full
+        return shown
 
     def state_dict(self):
-        return {"images": self.images}
+        return {"images": [] if self.images is None else self.images[: int(self.count)]}
 
     def load_state_dict(self, state):
-        if len(state["images"]) > self.size or any(image.ndim != 3 for image in state["images"]):
+        images = list(state["images"])
+        if len(images) > self.size or any(image.ndim != 3 for image in images):
             raise ValueError(f"no pool of {self.size} images")
-        self.images = list(state["images"])
+        if images:
+            self.images = images[0].new_zeros((self.size, *images[0].shape))
+            self.images[: len(images)] = torch.stack(images)
+        self.count.fill_(len(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,14 +221,14 @@ def main():
         data.Crops(source, args.width, args.crop_size, run.samples, args.seed, stream=0, cache=args.cache),
         data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1, cache=args.cache),
     )
-    layout = runtime.translator_layout(run.device)
+    layout, autocast = runtime.translator_layout(run.device), runtime.autocast(run.device, args.precision)
+    step = training.GraphedStep(lambda x, y: translation.step(x, y, autocast), run.device)
     for iteration, batch in run.iterations(dataset):
         lr = training.constant_then_linear(iteration, args.iterations, args.lr)
         for optimizer in (translation.opt_G, translation.opt_D):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            training.set_learning_rate(optimizer, lr)
         x, y = (data.to_signed(images).contiguous(memory_format=layout) for images in batch)
-        fake, losses = translation.step(x, y, runtime.autocast(run.device, args.precision))
+        fake, losses = step(x, y)
         run.log(losses, lr=lr)
         if run.saves_next:
             run.save_grid(*((images + 1) / 2 for images in (x, fake, y)))

@@ -180,9 +180,11 @@ class Run:
                     raise ValueError("begun with other arguments")
                 for name, part in self.state.items():
                     of_process = isinstance(part, OfProcess)
-                    part.load_state_dict(saved["state"][name][runtime.rank()] if of_process else saved["state"][name])
+                    loaded = saved["state"][name][runtime.rank()] if of_process else saved["state"][name]
                     if isinstance(part, torch.optim.Optimizer):
-                        _match_layout(part)
+                        _load_optimizer(part, loaded)
+                    else:
+                        part.load_state_dict(loaded)
                 self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
                 self.sums = {str(name): total.reshape(()) for name, total in saved["sums"][runtime.rank()].items()}
                 if not (type(self.iteration) is type(self.steps_summed) is int and 0 <= self.iteration <= self.args.iterations):
@@ -393,6 +395,56 @@ class StepClock:
         return begin.elapsed_time(end) / 1e3 if self.is_cuda else end - begin
 
 
+class GraphedStep:
+    """A training step that one GPU repeats as a CUDA graph: hundreds of kernels, started together.
+
+    A step at batch 1 is about a thousand kernels of a few microseconds, and Python takes several times longer to start them
+    one by one than the GPU to compute them. After WARM_UP calls the kernels are recorded once and from then on replayed.
+
+    step: a function of tensors, always of the same shapes, that returns tensors, alone or in tuples and dicts. Whatever
+    changes from call to call must be a tensor that stays in its place, the learning rate included: a number is recorded as
+    it was. Results are overwritten by the next call. On a CPU, and with several processes, this is step itself.
+    """
+
+    def __init__(self, step, device):
+        self.step, self.calls, self.graph = step, 0, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and runtime.processes() == 1 else None
+
+    def __call__(self, *inputs):
+        if self.stream is None:
+            return self.step(*inputs)
+        if self.graph is None:
+            self.calls += 1
+            if self.calls <= WARM_UP:
+                return self._on_stream(inputs)
+            self._record(inputs)
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.results
+
+    def _on_stream(self, inputs):
+        """Step without a graph, on the stream that will be recorded, as CUDA graphs ask for."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def _record(self, inputs):
+        self.inputs, self.graph = [each.clone() for each in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.results = self.step(*self.inputs)
+
+
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def constant_then_linear(iteration, iterations, base):
     """Zhu et al.'s learning rate: constant for the first half, then linear to 0, which the step after the last would have."""
     return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
@@ -446,12 +498,17 @@ class OfProcess:
     """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
 
 
-def _match_layout(optimizer):
-    """Copy moments that were loaded into the memory format of their parameters.
+def _load_optimizer(optimizer, state):
+    """Load Adam's moments, and keep its settings: those saved on a GPU do not fit a CPU, nor the other way round.
 
-    load_state_dict keeps the format they were saved in. Where that is another, CPU against GPU or AVX2 against AVX-512,
-    the fused Adam pairs them with the wrong weights, or fails. ValueError for a moment of another shape.
+    The moments are copied into the memory format of their parameters. load_state_dict keeps the format they were saved in;
+    where that is another, CPU against GPU or AVX2 against AVX-512, the fused Adam pairs them with the wrong weights, or
+    fails. ValueError for a moment of another shape.
     """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
     for parameter, moments in optimizer.state.items():
         for name in moments.keys() - {"step"}:
             if moments[name].shape != parameter.shape:

@@ -8,8 +8,8 @@ Parts, in order of worth:
     A  the same weights on the CPU and on the device: outputs, losses, gradients; memory formats
     B  run_all.sh at a small scale, twice: the second run must skip everything
     C  stopped, killed and resumed runs against unbroken ones, also between CPU and device; two processes; NCCL
-    D  translator steps: precision, memory layout, padding, CUDA graph and, last of all, torch.compile
-    E  task model steps    F  loading    G  two trainers end to end    H  stage 2    I  FID and scores
+    D  translator steps    E  task model steps; last of all, both otherwise: without a graph, other layouts, torch.compile
+    F  loading    G  two trainers end to end    H  stage 2    I  FID and scores
 
 Results are written as they come: OUT/check.jsonl has one line per result, OUT/check.json all results, the targets, and the
 hours that the paper's experiment would take. The exit status is 1 if a check of correctness FAILED. A measurement that could
@@ -61,14 +61,14 @@ import training
 ROOT = Path(runtime.__file__).resolve().parent
 METHODS = ("fastcut_l5", "cyclegan", "cut", "fastcut")
 FULL = dict(
-    channels=64, encoder="efficientnet-b3", compared=128, crop=400, unet_crop=512, batch={"stage 3": 8, "stage 4": 4}, steps=30,
-    warm_up=8, sizes=("1052x1914", "1024x2048"), width=1024, frames=16, workers=(4, 8, 15), loading_seconds=1.2,
-    iterations=300, translated=200, fid_images=1600, compiler="inductor",
+    channels=64, encoder="efficientnet-b3", compared=128, compared_channels=32, crop=400, unet_crop=512,
+    batch={"stage 3": 8, "stage 4": 4}, steps=30, warm_up=8, sizes=("1052x1914", "1024x2048"), width=1024, frames=16,
+    workers=(4, 8, 15), loading_seconds=1.2, iterations=300, translated=200, fid_images=1600, compiler="inductor",
 )  # fmt: skip
 TINY = dict(
-    channels=8, encoder="efficientnet-b0", compared=64, crop=32, unet_crop=64, batch={"stage 3": 2, "stage 4": 2}, steps=2,
-    warm_up=1, sizes=("80x160", "80x160"), width=128, frames=4, workers=(1, 2), loading_seconds=0.2,
-    iterations=12, translated=30, fid_images=24, compiler="aot_eager",
+    channels=8, encoder="efficientnet-b0", compared=64, compared_channels=8, crop=32, unet_crop=64,
+    batch={"stage 3": 2, "stage 4": 2}, steps=2, warm_up=1, sizes=("80x160", "80x160"), width=128, frames=4,
+    workers=(1, 2), loading_seconds=0.2, iterations=12, translated=30, fid_images=24, compiler="aot_eager",
 )  # fmt: skip
 job = SimpleNamespace()  # what main() sets: sizes, device, folders, when the part must end; forked processes inherit it
 
@@ -296,11 +296,18 @@ def small_pair():
 
 @functools.cache
 def real_pair():
-    """Folders of two domains with frame sizes of GTA5 and Cityscapes, about 1.1 bytes per pixel."""
+    """Folders of two domains with frame sizes of GTA5 and Cityscapes, about 1.1 bytes per pixel; drawn since the start."""
+    _, folders, error = finish(job.drawing)
+    if error or not folders:
+        raise Failed(f"no frames: {error or 'drawing them took too long'}")
+    return folders
+
+
+def draw_real_pair():
     draw(job.work / "game", job.sizes[0], job.frames, 1, 1)
     draw(job.work / "street", job.sizes[1], 1, job.frames, 4)
     folders = job.work / "game" / "source", job.work / "street" / "target"
-    isolated(add_grain, [*folders[0].glob("images/*"), *folders[1].glob("leftImg8bit/*/*/*")], limit=60)
+    add_grain([*folders[0].glob("images/*"), *folders[1].glob("leftImg8bit/*/*/*")])
     return folders
 
 
@@ -339,15 +346,16 @@ def save_network(out, name, photos=()):
     files.write_json(out / "args.json", {"width": job.width})
 
 
-def build(kind, device, size, batch=1, dtype=torch.float32, layout=None):
-    """Networks, optimisers and inputs of a stage, with step(autocast) -> (output or None, losses).
+def build(kind, device, size, batch=1, dtype=torch.float32, layout=None, channels=None):
+    """Networks, optimisers and inputs of a stage, with step(autocast, *inputs) -> (output or None, losses).
 
     Weights and inputs are drawn on the CPU from one seed, so they are the same for every device, precision and layout.
     """
     torch.manual_seed(0)
     if kind in METHODS:
         layout = layout or runtime.translator_layout(device)
-        words = ["--source=.", "--target=.", "--out=.", "--method", kind, "--base-channels", str(job.channels)]
+        words = ["--source=.", "--target=.", "--out=.", "--method", kind]
+        words += ["--base-channels", str(channels or job.channels)]
         make = train_translator.CycleTranslation if kind == "cyclegan" else train_translator.ContrastiveTranslation
         with mock.patch.object(runtime, "translator_layout", lambda _: layout):
             translation = make(train_translator.parse_args(words), device)
@@ -364,7 +372,7 @@ def build(kind, device, size, batch=1, dtype=torch.float32, layout=None):
     x, y = ((2 * images - 1) if kind in METHODS else images).to(device, dtype).unbind()
     x, y = (each.contiguous(memory_format=layout) for each in (x, y))
 
-    def step(autocast):
+    def step(autocast, x=x, y=y, labels=labels):
         if kind in METHODS:
             return translation.step(x, y, autocast)
         if kind == "stage 3":
@@ -374,8 +382,7 @@ def build(kind, device, size, batch=1, dtype=torch.float32, layout=None):
         losses = adapt_features.training_step(parts["F"], parts["D"], *rest)
         return None, {name: losses[name] for name in ("task", "D")}
 
-    owner = translation if kind in METHODS else None
-    return SimpleNamespace(step=step, networks=networks, optimizers=optimizers, inputs=(x, y), owner=owner)
+    return SimpleNamespace(step=step, networks=networks, optimizers=optimizers, inputs=(x, y, labels))
 
 
 def patched(*replacements):
@@ -435,7 +442,8 @@ def evaluate_step(kind, device, precision):
     rounding alone changes a gradient by half a percent in float32 and by a third in bf16, which would hide errors.
     """
     runtime.pick_device(str(device), tf32=precision == "TF32")
-    made = build(kind, device, job.compared, 1 if kind in METHODS else 2, getattr(torch, precision, torch.float32))
+    dtype = getattr(torch, precision, torch.float32)
+    made = build(kind, device, job.compared, 1 if kind in METHODS else 2, dtype, channels=job.compared_channels)
     if "F" in made.networks:  # drop-connect draws other numbers on each device
         encoder = made.networks["F"].encoder
         encoder._global_params = encoder._global_params._replace(drop_connect_rate=0)
@@ -565,16 +573,17 @@ def part_c():
         ("cut, fp32, from the CPU to the device", (exact, *fp32), ("cpu", here), 0.001),
         ("cut, fp32, from the device to the CPU", (exact, *fp32), (here, "cpu"), 0.001),
     )
-    problems = {}
+    problems, draws = {}, functools.partial(setattr, models, "sample_locations", given_locations)
     for leg in range(3):  # all at once
         begun = []
         for name, words, devices, _ in cases:
             out = job.work / name
+            prepare = draws if len(set(devices)) > 1 else None  # which each device would draw from its own generator
             if leg == 0:
-                begun.append((name, None, train(name, out / "unbroken", devices[0], words)))
+                begun.append((name, None, train(name, out / "unbroken", devices[0], words, prepare=prepare)))
             if leg < len(devices):
                 stop = None if leg + 1 == len(devices) else (TERM, KILL)[leg]
-                begun.append((name, stop, train(name, out / "resumed", devices[leg], words, stop)))
+                begun.append((name, stop, train(name, out / "resumed", devices[leg], words, stop, prepare)))
         for name, stop, started in begun:
             if (status := finish(started, 90)[0]) != STATUS[stop]:
                 problems[name] = f"leg {leg + 1} ended with status {status}: {last_line(job.work / name / 'log')}"
@@ -610,7 +619,7 @@ def train(name, out, device, words, stop=None, prepare=None):
     own += ["--out", out, "--device", device, "--width", 128, "--crop-size", 64, "--batch-size", 2, "--workers", 1]
     own += ["--iterations", 10, "--log-every", 1, "--save-every", 4]
     out.parent.mkdir(exist_ok=True)
-    prepare = prepare or functools.partial(torch.set_num_threads, 1)  # many run at once
+    torch.set_num_threads(1)  # in the processes that start from here: many run at once
     return start(run_file, ROOT / script, [*own, *words], stop, prepare, log=out.parent / "log")
 
 
@@ -662,6 +671,7 @@ def plain_mathematics():
     data.to_unit, data.to_signed = lambda images: images.double() / 255, lambda images: images.double() / 127.5 - 1
     data.TRAIN_IDS[data.TRAIN_IDS == data.VOID] = 0
     runtime.adam = lambda parameters, lr, betas=None: torch.optim.SGD(parameters, lr)
+    training.GraphedStep = lambda step, device: step  # which would keep SGD's rate as it was
 
     def mode(self, mode=True):
         torch.nn.Module.train(self, mode)
@@ -703,38 +713,39 @@ def nccl_alone():
 # D and E: steps
 
 
-AS_IT_IS = "bf16, as it is"
+AS_IT_IS, NO_GRAPH = "bf16, as it is", "bf16, no graph"
 
 
 def part_d():
-    formats = ["bf16, F.pad", "bf16, default layout", "bf16, default layout, F.pad"]
-    time_steps("D", {kind: [AS_IT_IS, *formats * (kind in METHODS[:2])] for kind in METHODS}, METHODS)
+    for kind in METHODS:
+        time_steps("D", kind, [AS_IT_IS, full_precision()])
+
+
+def part_d_otherwise():
+    formats = [NO_GRAPH, "bf16, F.pad", "bf16, default layout", "bf16, default layout, F.pad"]
+    for names in (formats, ["bf16, torch.compile", "bf16, torch.compile, no graph"]):
+        for kind in METHODS[:2]:
+            time_steps("D", kind, names)
 
 
 def part_e():
-    more = ["bf16, encoder frozen", "bf16, depthwise in default layout", "bf16, default layout"]
-    time_steps("E", {"stage 3": [AS_IT_IS, *more], "stage 4": [AS_IT_IS]}, ["stage 3"])
+    time_steps("E", "stage 3", [AS_IT_IS, "bf16, encoder frozen"])
+    time_steps("E", "stage 4", [AS_IT_IS])
 
 
-def part_d_compiled():
-    names = ["bf16, torch.compile", *["bf16, torch.compile, CUDA graph"] * (job.device != "cpu")]
-    for kind in METHODS[:2]:
-        with attempt("D", f"{kind} torch.compile"):
-            isolated(time_variants, "D", kind, names, job.losses.get(kind), limit=120)
+def part_e_otherwise():
+    names = [NO_GRAPH, "bf16, depthwise in default layout", "bf16, default layout", full_precision()]
+    time_steps("E", "stage 3", names)
 
 
-def time_steps(part, kinds, graphed):
-    """Time variants, one process per kind. CUDA graphs run in others: a capture that fails breaks its process."""
-    full = "float32" if job.device == "cpu" else "TF32"
-    for kind, names in kinds.items():
-        with attempt(part, kind):
-            job.losses[kind] = isolated(time_variants, part, kind, [f"{full}, as it is", *names], None, limit=90)
-    for kind in graphed:
-        with attempt(part, f"{kind} bf16, CUDA graph"):
-            if job.device == "cpu":
-                record(part, f"{kind} bf16, CUDA graph", status="not on this device")
-            else:
-                isolated(time_variants, part, kind, ["bf16, CUDA graph"], job.losses.get(kind), limit=60)
+def full_precision():
+    return "float32, as it is" if job.device == "cpu" else "TF32, as it is"
+
+
+def time_steps(part, kind, names):
+    """Time variants of a step in a process of their own."""
+    with attempt(part, f"{kind} {names[0]} and others"):
+        job.losses[kind] = isolated(time_variants, part, kind, names, job.losses.get(kind), limit=120)
 
 
 def time_variants(part, kind, names, expected):
@@ -744,21 +755,20 @@ def time_variants(part, kind, names, expected):
             losses, found = time_variant(part, kind, name)
             if name == AS_IT_IS:
                 expected = losses
-            elif losses and expected and name.startswith("bf16") and "frozen" not in name:
+            elif expected and name.startswith("bf16") and "frozen" not in name:
                 off = max(abs(losses[key] - expected[key]) / abs(expected[key]) for key in expected)
                 record(part, f"{kind} {name}: losses off by", off, limit=0.05, note="those of the first step")
-            note = "; ".join(f"{value} {key}" for key, value in found.items() if key != "ms")
+            note = "; ".join(f"{value} {key}" for key, value in found.items() if key not in ("ms", "most_time"))
             record(part, f"{kind} {name}", found["ms"], "ms", note=note, **found)
     return expected
 
 
 def time_variant(part, kind, name):
-    """Time the variant that `name` describes -> (losses of its first step or, for a graph, None; what `timed` returns)."""
+    """Time the variant that `name` describes -> (losses of its first step, what `timed` returns)."""
     device = runtime.pick_device(job.device, tf32=True)
     size, batch = (job.crop, 1) if kind in METHODS else (job.unet_crop, job.batch[kind])
     patches = [(models, "reflect_pad", plain_pad)] * ("F.pad" in name) + [(models, "reflect_pad", strips)] * ("compile" in name)
     patches += [(models.DepthwiseConv2d, "forward", in_default_layout(models.DepthwiseConv2d.forward))] * ("depthwise" in name)
-    patches += [(runtime, "adam", capturable_adam)] * ("graph" in name)
     with patched(*patches):
         made = build(kind, device, size, batch, layout=torch.contiguous_format if ", default layout" in name else None)
         if "frozen" in name:
@@ -766,24 +776,28 @@ def time_variant(part, kind, name):
         if "compile" in name:
             compile_networks(made)
         autocast = runtime.autocast(device, "bf16" if name.startswith("bf16") else "fp32")
-        if "graph" in name:
-            step = captured(made, autocast)
+        step = functools.partial(made.step, autocast)
+        if "no graph" not in name:
+            step = training.GraphedStep(step, device)
+        losses = {key: loss.item() for key, loss in step(*made.inputs)[1].items()}
+        found = timed(lambda: step(*made.inputs), device)
+        if getattr(step, "graph", None):
             note = "losses and changes of weights, from one state"
-            record(part, f"{kind} {name}: a step off by", graph_off(made, step, autocast), limit=0.05, note=note)
-            return None, timed(step, device)
-        losses = {key: loss.item() for key, loss in made.step(autocast)[1].items()}
-        return losses, timed(lambda: made.step(autocast), device)
+            record(part, f"{kind} {name}: a replayed step off by", graph_off(made, step), limit=0.05, note=note)
+        return losses, found
 
 
 def timed(step, device):
-    """Median ms of a step; on CUDA also kernels per step, kernel time over wall time, and peak memory without graphs' pools."""
-    is_cuda = device.type == "cuda"
-    for _ in range(job.warm_up):
+    """Median ms of a step, seconds of the first ones; on CUDA also kernels of a step, their share of the time, peak memory."""
+    is_cuda, begun = device.type == "cuda", time.monotonic()
+    for k in range(job.warm_up):
+        if is_cuda and k == training.WARM_UP:  # what comes is measured; a graph is recorded in its first step
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         step()
     if is_cuda:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    marks = []
+    start, marks = round(time.monotonic() - begun, 1), []
     for n in range(job.steps + 1):
         marks.append(torch.cuda.Event(enable_timing=True) if is_cuda else time.perf_counter())
         if is_cuda:
@@ -791,7 +805,7 @@ def timed(step, device):
         if n < job.steps:
             step()
     if not is_cuda:
-        return {"ms": statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(marks))}
+        return {"ms": statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(marks)), "s to start": start}
     torch.cuda.synchronize()
     ms = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     peak = round(torch.cuda.max_memory_allocated() / 2**20)
@@ -802,7 +816,13 @@ def timed(step, device):
     ran = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.name]
     busy = sum(e.time_range.elapsed_us() for e in ran) / 3e3 / ms
     kernels = round(sum(not e.name.startswith("Mem") for e in ran) / 3)
-    return {"ms": ms, "kernels": kernels, "of the time busy": round(busy, 2), "MiB": peak}
+    times = {}  # by name: how often in a step, and ms together
+    for event in ran:
+        count, total = times.get(event.name[:120], (0, 0.0))
+        times[event.name[:120]] = count + 1 / 3, total + event.time_range.elapsed_us() / 3e3
+    most = dict(sorted(times.items(), key=lambda item: -item[1][1])[:40])
+    found = {"ms": ms, "kernels": kernels, "of the time busy": round(busy, 2), "MiB": peak, "s to start": start}
+    return found | {"most_time": most}
 
 
 def plain_pad(x, n):
@@ -818,95 +838,24 @@ def in_default_layout(forward):
     return lambda self, x: forward(self, x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
-def capturable_adam(parameters, lr, betas=(0.9, 0.999)):
-    """runtime.adam for a CUDA graph: the learning rate is a tensor, since a number would be frozen in the graph."""
-    parameters = list(parameters)
-    lr = torch.tensor(lr, device=parameters[0].device)
-    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True, capturable=True)
-
-
 def compile_networks(made):
     for network in made.networks.values():
         for name in ("encode", "decode") if isinstance(network, models.ResnetGenerator) else ("forward",):
             setattr(network, name, torch.compile(getattr(network, name), backend=job.compiler, dynamic=False))
 
 
-class PoolBuffer:
-    """Replaces an image pool in a captured step: D reads a fixed tensor, which the pool fills between two graphs."""
-
-    def __init__(self, pool, split):
-        self.pool, self.split, self.shown = pool, split, None
-
-    def exchange(self, images):
-        self.images = images
-        if not self.split():
-            self.fill()
-        return self.shown
-
-    def fill(self):
-        shown = self.pool.exchange(self.images)
-        self.shown = shown.clone() if self.shown is None else self.shown.copy_(shown)
-
-
-def captured(made, autocast):
-    """Capture a step in one CUDA graph, CycleGAN's in two with its image pools in between -> step(lr) -> (None, losses)."""
-    graphs, memory, buffers, is_capturing = [], torch.cuda.graph_pool_handle(), [], False
-    inputs = [x.clone() for x in made.inputs]
-
-    def next_graph():
-        if graphs:
-            graphs[-1].capture_end()
-        graphs.append(torch.cuda.CUDAGraph())
-        graphs[-1].capture_begin(pool=memory)
-
-    def split():
-        if is_capturing and len(graphs) == 1:
-            next_graph()
-        return is_capturing
-
-    for name in ("pool_y", "pool_x"):
-        if hasattr(made.owner, name):
-            buffers.append(PoolBuffer(getattr(made.owner, name), split))
-            setattr(made.owner, name, buffers[-1])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for k in range(training.WARM_UP):  # cuDNN chooses algorithms and Adam allocates its moments
-            torch.manual_seed(k)
-            made.step(autocast)
-        torch.cuda.synchronize()
-        is_capturing = True
-        next_graph()
-        _, losses = made.step(autocast)
-        graphs[-1].capture_end()
-        is_capturing = False
-    torch.cuda.current_stream().wait_stream(stream)
-
-    def step(lr=1e-4):
-        for x, new in zip(made.inputs, inputs):
-            x.copy_(new)
-        for group in (group for optimizer in made.optimizers for group in optimizer.param_groups):
-            group["lr"].fill_(lr)
-        graphs[0].replay()
-        for buffer in buffers:
-            buffer.fill()
-        for graph in graphs[1:]:
-            graph.replay()
-        return None, losses
-
-    return step
-
-
-def graph_off(made, step, autocast):
+def graph_off(made, graphed):
     """How far a replayed step is from the step itself, taken from the same state: its losses, and the weights' changes."""
     weights = [p.detach() for network in made.networks.values() for p in network.parameters()]
     moments = [optimizer.state_dict()["state"] for optimizer in made.optimizers]
     state = tensors_of([*(network.state_dict() for network in made.networks.values()), *moments])
     before, results = [tensor.clone() for tensor in state], []
-    for take in (lambda: step(0.0), step, lambda: made.step(autocast)):
+    for step, rate in ((graphed, 0.0), (graphed, 1e-4), (graphed.step, 1e-4)):
+        for optimizer in made.optimizers:
+            training.set_learning_rate(optimizer, rate)
         old = [weight.clone() for weight in weights]
         torch.manual_seed(0)
-        losses = torch.stack([loss.detach().float() for loss in take()[1].values()])
+        losses = torch.stack([loss.detach().float() for loss in step(*made.inputs)[1].values()])
         change = torch.cat([(weight - was).flatten() for weight, was in zip(weights, old)])
         results.append((losses, change))
         for tensor, was in zip(state, before):
@@ -1022,16 +971,17 @@ def fid_rate(images):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PARTS = (  # in order of worth: letter, title, seconds that it is expected to take on an H100, function
-    ("A", "the same weights on the CPU and on the device", 40, part_a),
-    ("B", "run_all.sh at a small scale, twice", 80, part_b),
+    ("A", "the same weights on the CPU and on the device", 60, part_a),
+    ("B", "run_all.sh at a small scale, twice", 150, part_b),
     ("C", "stopped and resumed, several processes", 60, part_c),
-    ("D", "steps of the translators", 90, part_d),
-    ("E", "steps of the task model", 40, part_e),
+    ("D", "steps of the translators", 40, part_d),
+    ("E", "steps of the task model", 50, part_e),
     ("F", "loading", 50, part_f),
     ("G", "trainers end to end", 50, part_g),
     ("H", "stage 2", 20, part_h),
     ("I", "FID and scores", 40, part_i),
-    ("D", "torch.compile", 60, part_d_compiled),
+    ("D", "steps of the translators otherwise", 60, part_d_otherwise),
+    ("E", "steps of the task model otherwise", 60, part_e_otherwise),
 )
 
 
@@ -1069,6 +1019,8 @@ def main(words=None):
         job.work = Path(work)
         try:
             record("", "machine", note=isolated(describe, limit=60))
+            if set("FGHI") & set(args.parts):
+                job.drawing = start(draw_real_pair)
             for letter, what, seconds, function in PARTS:
                 begun = time.monotonic()
                 if letter in args.parts and begun + seconds > end:
