@@ -971,7 +971,7 @@ def fid_rate(images):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PARTS = (  # in order of worth: letter, title, seconds that it is expected to take on an H100, function
-    ("A", "the same weights on the CPU and on the device", 60, part_a),
+    ("A", "the same weights on the CPU and on the device", 40, part_a),
     ("B", "run_all.sh at a small scale, twice", 150, part_b),
     ("C", "stopped and resumed, several processes", 60, part_c),
     ("D", "steps of the translators", 40, part_d),
