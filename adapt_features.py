@@ -72,7 +72,8 @@ class Gate:
 
     def opens(self, accuracy):
         """Take in the accuracy of the newest batch, a scalar in [0, 1] -> 1.0 if the adversarial term may reach F, or 0.0."""
-        self.accuracies.masked_fill_(self.places == self.asked % GATE_WINDOW, accuracy)
+        is_here = self.places == self.asked % GATE_WINDOW
+        self.accuracies.copy_(torch.where(is_here, accuracy, self.accuracies))  # masked_fill_ would ask for the value
         self.asked += 1
         is_open = self.accuracies.sum() / self.asked.clamp(max=GATE_WINDOW) > self.threshold
         self.opened += is_open

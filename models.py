@@ -355,7 +355,8 @@ class UNet(nn.Module):
         x = maps.pop()
         for i, block in enumerate(self.decoder, 1):
             skip = maps.pop() if maps else None
-            x = F.interpolate(x, size if skip is None else skip.shape[-2:])  # nearest, to the skip's size: odd ones fit
+            with torch.autocast(x.device.type, enabled=False):  # which would copy pixels in float32
+                x = F.interpolate(x, size if skip is None else skip.shape[-2:])  # nearest, to the skip's size: odd ones fit
             x = block(x if skip is None else torch.cat([x, skip], dim=1))
             features[f"decoder{i}"] = x
         logits = self.head(x)

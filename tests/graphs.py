@@ -6,6 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+aten = torch.ops.aten
+# Operations that ask for a tensor's value, some of them in their CUDA version alone.
+WAITING = {aten._local_scalar_dense.default, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.nonzero.default}
+
 
 class Recorder(TorchDispatchMode):
     """What a CUDA graph keeps: kernels and the addresses they read and write. Numbers stay as they were."""
@@ -15,8 +19,8 @@ class Recorder(TorchDispatchMode):
         self.operations = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a step that asks for a tensor's value cannot be recorded")
+        if function in WAITING:
+            raise RuntimeError(f"{function} waits for the device, which cannot be recorded")
         results = function(*args, **(kwargs or {}))
         self.operations.append((function, args, kwargs or {}, results))
         return results
