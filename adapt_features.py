@@ -18,6 +18,7 @@ from torch.utils.data import StackDataset
 import data
 import files
 import models
+import optimization
 import runtime
 import training
 from losses import gan_loss, segmentation_loss
@@ -50,7 +51,7 @@ def parse_args(words=None):
     )
     parser.add_argument(
         "--gate",
-        type=runtime.share,
+        type=runtime.fraction,
         default=0.6,
         help="accuracy of D_feat above which F is trained on it (default 0.6)",
     )
@@ -100,16 +101,16 @@ def training_step(F, D, opt_F, opt_D, gate, batch, layer, weight, autocast):
         is_source, is_target = D(features_source.detach()), D(features_target.detach())
         loss_D = (gan_loss(is_source, True, "vanilla") + gan_loss(is_target, False, "vanilla")) / 2
     accuracy = ((is_source > 0).float().mean() + (is_target <= 0).float().mean()) / 2
-    runtime.update(opt_D, loss_D)
+    optimization.backward_and_step(opt_D, loss_D)
 
     # F: supervised on translated source; where the gate is open, also to make the target's features look like source.
     task = loss_F = segmentation_loss(logits, labels)
-    is_open = gate.opens(runtime.averaged(accuracy.clone()))
+    is_open = gate.opens(runtime.all_reduce_mean_(accuracy.clone()))
     D.requires_grad_(False)
     if weight > 0:
         with autocast:
             loss_F = loss_F + weight * is_open * gan_loss(D(features_target), True, "vanilla")
-    runtime.update(opt_F, loss_F)
+    optimization.backward_and_step(opt_F, loss_F)
     D.requires_grad_(True)
     return {"task": task, "D": loss_D, "D_accuracy": accuracy, "gate_open": is_open}
 
@@ -129,11 +130,11 @@ def main():
         return
     data.check_frames(source, args.width, args.crop_size)
     torch.manual_seed(args.seed)
-    segmenter = runtime.synchronised(models.load_network(weights, models.UNet, run.device), run.device)
+    segmenter = optimization.synchronise_batchnorm(models.load_network(weights, models.UNet, run.device), run.device)
     segmenter.to(memory_format=torch.channels_last).train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
-    opt_F = runtime.adam(segmenter.parameters(), lr=args.lr)
-    opt_D = runtime.adam(discriminator.parameters(), lr=args.discriminator_lr)
+    opt_F = optimization.adam(segmenter.parameters(), lr=args.lr)
+    opt_D = optimization.adam(discriminator.parameters(), lr=args.discriminator_lr)
     gate = Gate(args.gate, run.device)
     parts = dict(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
     run.restore(**parts)
@@ -144,10 +145,10 @@ def main():
     )
     networks, rest = (segmenter, discriminator, opt_F, opt_D, gate), (args.layer, args.adversarial_weight)
     autocast = runtime.autocast(run.device, args.precision)
-    step = training.GraphedStep(lambda *batch: training_step(*networks, batch, *rest, autocast), run.device)
+    step = optimization.GraphedStep(lambda *batch: training_step(*networks, batch, *rest, autocast), run.device)
     for iteration, ((x, labels), y) in run.iterations(dataset):
-        lr = training.constant_then_linear(iteration, args.iterations, args.lr)
-        training.set_learning_rate(opt_F, lr)
+        lr = optimization.constant_then_linear(iteration, args.iterations, args.lr)
+        optimization.set_learning_rate(opt_F, lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
         run.log(step(x, labels, y), lr=lr)
     opened, asked = int(gate.opened), int(gate.asked)

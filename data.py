@@ -97,7 +97,7 @@ def _hashed(lines):
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
-def shown(text):
+def printable(text):
     """A path or an error as part of one line: control characters and bytes that are no UTF-8 are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
@@ -122,9 +122,9 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     return frames
 
 
-def few(names):
+def first_few(names):
     """The first few of some names, for a message."""
-    names = [*map(shown, names)]
+    names = [*map(printable, names)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
@@ -145,9 +145,13 @@ def check_frames(frames, width=None, crop=None):
         if evaluated and is_above:
             return
     if labels and not evaluated:
-        raise ValueError(f"{shown(labels[0])}: all of it is void, and so are all {len(labels)} labels; label ids are needed")
+        raise ValueError(
+            f"{printable(labels[0])}: all of it is void, and so are all {len(labels)} labels; label ids are needed"
+        )
     if labels:
-        log.warning("%s: no label has an id above 18: are they train ids? Label ids (car is 26) are needed", shown(labels[0]))
+        log.warning(
+            "%s: no label has an id above 18: are they train ids? Label ids (car is 26) are needed", printable(labels[0])
+        )
 
 
 def problems(root, split="train", labelled=True, exclude=()):
@@ -155,7 +159,7 @@ def problems(root, split="train", labelled=True, exclude=()):
     try:
         frames, issues, _ = _survey(root, split, labelled, exclude)
     except (ValueError, OSError) as error:
-        frames, issues = [], [shown(error)]
+        frames, issues = [], [printable(error)]
     yield from (said := dict.fromkeys(issues))
     # Threads decode side by side, since Pillow lets go of Python's lock; one a core, since each holds an image.
     yield from (line for line in _faults(frames, os.cpu_count(), pixels=True) if line not in said)
@@ -170,9 +174,9 @@ def read_names(path):
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # which is how Python decodes paths
             names = [re.sub(r"(^|\s)#.*", "", line).strip() for line in file]
     except OSError as error:
-        raise ValueError(f"{shown(path)}: {error.strerror}, where a text file of frames' names is needed") from error
+        raise ValueError(f"{printable(path)}: {error.strerror}, where a text file of frames' names is needed") from error
     if not any(names):
-        raise ValueError(f"{shown(path)}: no name in it, where frames' names are needed, one a line")
+        raise ValueError(f"{printable(path)}: no name in it, where frames' names are needed, one a line")
     return frozenset(_bare(name) for name in names if name)
 
 
@@ -195,7 +199,7 @@ def _survey(root, split, labelled, exclude):
         endings = ("_leftImg8bit", "_gtFine_labelIds")
     else:
         neither = "neither GTA5's layout (images/, labels/) nor Cityscapes' (leftImg8bit/, gtFine/)"
-        raise ValueError(f"{shown(root)}: {neither if root.is_dir() else 'no such folder'}")
+        raise ValueError(f"{printable(root)}: {neither if root.is_dir() else 'no such folder'}")
     frames, fitting, left_out = [], FrameList(), {}
     for image_folder, label_folder in folders:
         images = _by_name(root / image_folder, endings[0], IMAGE_SUFFIXES)
@@ -207,19 +211,20 @@ def _survey(root, split, labelled, exclude):
             found = labels.get(name, [])
             pair = images.get(name, []), [path for path in found if path.suffix.lower() == ".png"] or found
             for first, *others in filter(None, pair):  # they would be written to one name later
-                issues += [f"{shown(path)}: there is {shown(first)} too, and names must be unique" for path in others]
+                issues += [f"{printable(path)}: there is {printable(first)} too, and names must be unique" for path in others]
             if labelled and not all(pair):
-                issues.append(f"{shown((pair[0] or pair[1])[0])}: has no {'label' if pair[0] else 'image'}")
+                issues.append(f"{printable((pair[0] or pair[1])[0])}: has no {'label' if pair[0] else 'image'}")
             elif labelled and pair[1][0].suffix.lower() != ".png":
-                issues.append(f"{shown(pair[1][0])}: a label as JPEG, which alters label ids; PNG is needed")
+                issues.append(f"{printable(pair[1][0])}: a label as JPEG, which alters label ids; PNG is needed")
             else:
                 frames.append(Frame(name, pair[0][0], pair[1][0] if labelled else None))
     if unmatched := exclude - {_bare(name) for name in left_out}:
         notes.append(
-            f"{shown(root)}: {len(unmatched)} of {len(exclude)} names to exclude match no frame: {few(sorted(unmatched))}"
+            f"{printable(root)}: {len(unmatched)} of {len(exclude)} names to exclude match no frame: "
+            f"{first_few(sorted(unmatched))}"
         )
     if left_out:
-        notes.append(f"{shown(root)}: {len(left_out)} excluded: {few(left_out)}")
+        notes.append(f"{printable(root)}: {len(left_out)} excluded: {first_few(left_out)}")
     misfits = {}
     for frame, sizes in zip(frames, _each(_sizes, frames)):
         if isinstance(sizes, str) or sizes[0] == sizes[1] or not is_gta5:
@@ -229,12 +234,12 @@ def _survey(root, split, labelled, exclude):
         if isinstance(sizes, str):
             issues.append(sizes)
         elif sizes[0] != sizes[1] and not is_gta5:
-            issues.append(f"{shown(frame.label)}: {sizes[1]} pixels, its image {sizes[0]}")
+            issues.append(f"{printable(frame.label)}: {sizes[1]} pixels, its image {sizes[0]}")
     if misfits:
-        notes.append(f"{shown(root)}: {len(misfits)} of {len(frames)} pairs left out, sizes differ: {few(misfits)}")
+        notes.append(f"{printable(root)}: {len(misfits)} of {len(frames)} pairs left out, sizes differ: {first_few(misfits)}")
     if not fitting and not issues:
-        why = f"split {shown(split)}; {len(left_out)} excluded, {len(misfits)} whose label has another size"
-        issues.append(f"{shown(root)}: no image (.png, .jpg) is left where the layout has them ({why})")
+        why = f"split {printable(split)}; {len(left_out)} excluded, {len(misfits)} whose label has another size"
+        issues.append(f"{printable(root)}: no image (.png, .jpg) is left where the layout has them ({why})")
     fitting.left_out = left_out | misfits
     return fitting, issues, notes
 
@@ -242,7 +247,7 @@ def _survey(root, split, labelled, exclude):
 def _by_name(folder, ending, suffixes):
     """{name: [paths]} of the files NAME + ending + suffix in a folder or, where there is an ending, in its folders (cities)."""
     if not folder.is_dir():
-        raise ValueError(f"{shown(folder)}: no such {'split' if ending else 'folder'}")
+        raise ValueError(f"{printable(folder)}: no such {'split' if ending else 'folder'}")
     found = {}
     for city in sorted(path for path in folder.iterdir() if path.is_dir()) if ending else [folder]:
         for path in sorted(city.iterdir()):
@@ -272,7 +277,7 @@ def _each(function, items, workers=16):
         try:
             return function(item)
         except (ValueError, OSError) as error:
-            return shown(error)  # not the error, whose traceback would keep pixels
+            return printable(error)  # not the error, whose traceback would keep pixels
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(call, items)
@@ -295,13 +300,13 @@ def _check_is_file(path):
     except FileNotFoundError:
         regular = False
         if not os.path.lexists(path):
-            raise ValueError(f"{shown(path)}: no such file") from None
+            raise ValueError(f"{printable(path)}: no such file") from None
     except OSError as error:
         regular = False
         if error.errno != errno.ELOOP:  # its folder does not let one look
-            raise ValueError(f"{shown(path)}: {error.strerror}") from None
+            raise ValueError(f"{printable(path)}: {error.strerror}") from None
     if not regular:
-        raise ValueError(f"{shown(path)}: not a regular file, nor a link to one")
+        raise ValueError(f"{printable(path)}: not a regular file, nor a link to one")
 
 
 def _open(path, is_label=False):
@@ -312,13 +317,13 @@ def _open(path, is_label=False):
         image = Image.open(path, formats=formats)
         raw = str(image.tile[0][3])  # the file's pixels; image.mode is what Pillow makes of them
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{shown(path)}: more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})") from error
+        raise ValueError(f"{printable(path)}: more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})") from error
     except MemoryError:
         raise
     except Exception as error:  # for damaged files Pillow raises many kinds, struct.error and IndexError among them
-        said = "" if isinstance(error, UnidentifiedImageError) or not error.args else f" ({shown(error)})"
+        said = "" if isinstance(error, UnidentifiedImageError) or not error.args else f" ({printable(error)})"
         reason = getattr(error, "strerror", None) or f"not a {' or '.join(formats)} image{said}"
-        raise ValueError(f"{shown(path)}: {reason}") from error
+        raise ValueError(f"{printable(path)}: {reason}") from error
     wrong = None
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         wrong = f"{image.width}x{image.height}, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})"
@@ -328,7 +333,7 @@ def _open(path, is_label=False):
         wrong = f"16-bit pixels ({raw}), where 8 bits a channel are needed"
     if wrong:
         image.close()
-        raise ValueError(f"{shown(path)}: {wrong}")
+        raise ValueError(f"{printable(path)}: {wrong}")
     return image
 
 
@@ -351,8 +356,8 @@ def _pixels(path, image, mode=None):
     except MemoryError:  # which says nothing of the file
         raise
     except Exception as error:  # as many kinds
-        reason = shown(error) if any(error.args) else type(error).__name__
-        raise ValueError(f"{shown(path)}: damaged image ({reason})") from error
+        reason = printable(error) if any(error.args) else type(error).__name__
+        raise ValueError(f"{printable(path)}: damaged image ({reason})") from error
 
 
 def image_size(path, is_label=False):
@@ -374,7 +379,7 @@ def _check(path, is_label, width=None, crop=None, pixels=False):
 def _check_size(path, size, width=None, crop=None):
     """ValueError if an image of `size` (width, height) cannot be resized to `width` and cropped to `crop` (height, width)."""
     w, h = width or size[0], _height_at(width or size[0], *size)
-    found = f"{shown(path)}: {w}x{h}" + (f" at --width {width}" if width else "")
+    found = f"{printable(path)}: {w}x{h}" + (f" at --width {width}" if width else "")
     if w * h > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{found}, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS})")
     least_h, least_w = crop or (SMALLEST, SMALLEST)
@@ -399,7 +404,7 @@ def load_label_ids(path):
         ids = _pixels(path, image).astype(np.uint8)
         _check_palette(path, image, np.unique(ids))
     if unknown := np.flatnonzero(np.bincount(ids.ravel(), minlength=256) * ~KNOWN_IDS).tolist():
-        raise ValueError(f"{shown(path)}: label ids {unknown} are not in Cityscapes' table (0 to 33)")
+        raise ValueError(f"{printable(path)}: label ids {unknown} are not in Cityscapes' table (0 to 33)")
     return tv_tensors.Mask(torch.from_numpy(ids))
 
 
@@ -412,7 +417,7 @@ def _check_palette(path, image, indices):
         for i, colour in known:
             if i not in IDS_BY_COLOUR[colour]:
                 wrong = f"index {i} has the colour of label id {IDS_BY_COLOUR[colour][0]}"
-                raise ValueError(f"{shown(path)}: Cityscapes' colours, but {wrong}: indices must be label ids")
+                raise ValueError(f"{printable(path)}: Cityscapes' colours, but {wrong}: indices must be label ids")
 
 
 def load_label(path):
@@ -520,7 +525,7 @@ class Crops(Dataset):
         if self.labelled:
             sample.append(_to_train_ids(load_at_width(frame.label, self.width, load_label_ids, self.cache)))
             if sample[1].shape != sample[0].shape[1:]:  # files may have changed since they were checked
-                raise ValueError(f"{shown(frame.label)}: its size is not its image's")
+                raise ValueError(f"{printable(frame.label)}: its size is not its image's")
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's global generator
             torch.manual_seed(_mix(self.seed, self.stream, 1, k))
             sample = self.augment(*sample)
@@ -578,7 +583,7 @@ def main():
     parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
     parser.add_argument("--check-data", action="store_true", help="read all pixels, too, and list all that is wrong")
     args = parser.parse_args()
-    folder = shown(args.folder)
+    folder = printable(args.folder)
     try:
         exclude = read_names(args.exclude) if args.exclude else ()
         data_set = (args.folder, args.split, not args.unlabelled, exclude)
@@ -601,7 +606,7 @@ def main():
         some = ", ".join(f"{w}x{h}" for w, h in sizes[:5]) + (", ..." if len(sizes) > 5 else "")
         print(f"{folder}: {len(frames)} frames of {some}" + ("" if args.unlabelled else ", each with its label"), flush=True)
     except (ValueError, OSError) as error:
-        print(f"data.py: {shown(error)}", file=sys.stderr)
+        print(f"data.py: {printable(error)}", file=sys.stderr)
         if isinstance(error, OSError) and error.filename is None:
             sys.stdout = None  # what it could not take is not tried again at exit
         sys.exit(2)

@@ -126,7 +126,7 @@ def evaluate(args, frames):
         if args.save_predictions:  # label ids under the names that the Cityscapes server takes
             ids = Image.fromarray(label_ids[prediction.cpu().numpy()])
             files.write_whole(args.save_predictions / f"{frame.name}_pred_labelIds.png", files.png_bytes(ids))
-    return runtime.summed(total)
+    return runtime.all_reduce_sum_(total)
 
 
 def table_row(name, result):

@@ -22,7 +22,7 @@ log = logging.getLogger("files")
 PART = ".part"  # ends the name of a file that is being written
 
 
-def one_line(text):
+def printable(text):
     """What a message quotes, of which a path or a damaged file may make anything, in printable characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
@@ -67,7 +67,7 @@ def check_writable(folder):
 
 def write_left_out(folder, left_out):
     """{name: why} of frames that are not used -> left_out.txt, a line each."""
-    lines = [f"{one_line(name)}\t{why}\n" for name, why in left_out.items()]
+    lines = [f"{printable(name)}\t{why}\n" for name, why in left_out.items()]
     write_whole(folder / "left_out.txt", "".join(lines).encode())
 
 

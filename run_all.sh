@@ -175,7 +175,7 @@ fi
 mkdir -p "$OUT/results" "$OUT/statistics"
 if [ -z "${SOURCE:-}" ]; then
     title "Stage 0: two domains are drawn"
-    run make_demo_data.py "$OUT/data" --seed "$SEED" --source-count 160 --target-count 100 --val-count 40
+    run demo/make_demo_data.py "$OUT/data" --seed "$SEED" --source-count 160 --target-count 100 --val-count 40
     SOURCE=$OUT/data/source TARGET=$OUT/data/target
 else
     title "Preflight: data, weights and disk, before anything long starts"

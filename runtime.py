@@ -18,12 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import files
 
 log = logging.getLogger("runtime")
-warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # of steps that no graph records
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,8 +66,8 @@ def run_script(main):
 
 def _explained(error):
     """(exit status, one line) for an error that a user can cause, (1, None) for any other."""
-    text = files.one_line(str(error).strip() or type(error).__name__)
-    first = files.one_line(str(error).strip().partition("\n")[0])
+    text = files.printable(str(error).strip() or type(error).__name__)
+    first = files.printable(str(error).strip().partition("\n")[0])
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in first for words in NO_MEMORY):
         return 1, "not enough memory: lower --batch-size, --crop-size, --width, --base-channels or --workers"
     if isinstance(error, (FloatingPointError, ChildProcessError)):
@@ -150,10 +148,10 @@ def number(kind, least, most, what=None):
 
 
 positive_int, count, seed = number(int, 1, 2**31 - 1), number(int, 0, 2**31 - 1), number(int, 0, 2**63 - 1)
-few = number(int, 0, 512)  # processes: more would bring a machine down before it could say so
+worker_count = number(int, 0, 512)  # processes: more would bring a machine down before it could say so
 positive = number(float, sys.float_info.min, sys.float_info.max, "finite number above 0")
 non_negative = number(float, 0, sys.float_info.max, "finite number from 0 up")
-share = number(float, 0, 1)
+fraction = number(float, 0, 1)
 
 
 def path(text):
@@ -187,7 +185,7 @@ def parser(description, commands):
     made = argparse.ArgumentParser(description=description, epilog=commands, formatter_class=formatter)
 
     def error(message):
-        print(f"{made.prog}: {files.one_line(message)}", file=sys.stderr)
+        print(f"{made.prog}: {files.printable(message)}", file=sys.stderr)
         sys.exit(2)
 
     made.error = error
@@ -197,7 +195,10 @@ def parser(description, commands):
 def add_device_arguments(parser):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default)")
     parser.add_argument(
-        "--workers", type=few, default=default_workers(), help="processes that load images (default: one per core, 16 at most)"
+        "--workers",
+        type=worker_count,
+        default=default_workers(),
+        help="processes that load images (default: one per core, 16 at most)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of all that is random (default 0)")
 
@@ -402,16 +403,16 @@ def is_first():
     return rank() == 0
 
 
-def summed(tensor):
+def all_reduce_sum_(tensor):
     """The sum over all processes of a tensor, which is overwritten by it."""
     if processes() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def averaged(tensor):
+def all_reduce_mean_(tensor):
     """The mean over all processes of a tensor, which is overwritten by it."""
-    return summed(tensor).div_(processes())
+    return all_reduce_sum_(tensor).div_(processes())
 
 
 def shard(items):
@@ -419,56 +420,9 @@ def shard(items):
     return items[rank() :: processes()]
 
 
-def wait():
+def barrier():
     """Until all processes are here. On the CPU, which does not keep a GPU waiting."""
-    summed(torch.zeros(1))
-
-
-def synchronised(network, device):
-    """A network whose BatchNorm, in training, takes its statistics from the batches of all processes; on CUDA alone (torch)."""
-    if processes() > 1 and device.type == "cuda":
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network
-
-
-def adam(parameters, lr, betas=(0.9, 0.999)):
-    """torch's Adam, in one kernel a step instead of a dozen small ones a parameter (`fused`); the CPU gains most.
-
-    On a GPU the learning rate is a tensor, since a CUDA graph would keep a number as it was when it was recorded.
-    """
-    parameters = list(parameters)
-    is_cuda = parameters[0].is_cuda
-    rate = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device) if is_cuda else lr
-    return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True, capturable=is_cuda)
-
-
-def update(optimizer, loss):
-    """One step of an optimiser down the gradient of its loss, which is averaged over all processes as it is computed."""
-    if processes() > 1:
-        loss = _averaging(optimizer)(loss)
-    optimizer.zero_grad(set_to_none=processes() == 1)
-    loss.backward()
-    optimizer.step()
-
-
-def _averaging(optimizer):
-    """DistributedDataParallel around an optimiser's parameters and a module that passes a loss on.
-
-    Not around the networks: a step of CUT runs one network several times, calls more than its forward(), and takes
-    gradients through a discriminator that are not the discriminator's. Made anew when parameters are frozen or thawed.
-    Gradients are views of what is exchanged, in their parameters' layout, and stay: nothing is copied there and back.
-    """
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    held = [id(p) for p in trained]
-    if getattr(optimizer, "held", None) != held:
-        optimizer.zero_grad()
-        for p in trained:
-            p.grad = torch.zeros_like(p)
-        passes = torch.nn.Identity()
-        passes.held = torch.nn.ParameterList(trained)
-        averaging = DistributedDataParallel(passes, init_sync=False, gradient_as_bucket_view=True)
-        optimizer.held, optimizer.averaging = held, averaging
-    return optimizer.averaging
+    all_reduce_sum_(torch.zeros(1))
 
 
 # Signals after which a trainer finishes its step and saves, and which processes that read or draw images leave to it.

@@ -14,6 +14,7 @@ import torch
 import data
 import files
 import models
+import optimization
 import runtime
 import training
 from losses import segmentation_loss
@@ -54,7 +55,7 @@ def training_step(segmenter, optimizer, images, labels, autocast):
     with autocast:
         logits = segmenter(images)
     loss = segmentation_loss(logits, labels)
-    runtime.update(optimizer, loss)
+    optimization.backward_and_step(optimizer, loss)
     return logits, loss
 
 
@@ -68,9 +69,9 @@ def main():
         return
     data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
-    segmenter = runtime.synchronised(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
+    segmenter = optimization.synchronise_batchnorm(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
     segmenter.to(run.device, memory_format=torch.channels_last).train()
-    optimizer = runtime.adam(segmenter.parameters(), lr=args.lr)
+    optimizer = optimization.adam(segmenter.parameters(), lr=args.lr)
     run.restore(segmenter=segmenter, optimizer=optimizer)
 
     dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
@@ -79,15 +80,15 @@ def main():
     def step(images, labels):
         return training_step(segmenter, optimizer, images, labels, autocast)
 
-    graphed = training.GraphedStep(step, run.device)
+    graphed = optimization.GraphedStep(step, run.device)
     for iteration, (images, labels) in run.iterations(dataset):
         frozen = iteration < args.freeze_iterations
         if segmenter.encoder_frozen != frozen:
             segmenter.freeze_encoder(frozen)
-            graphed = training.GraphedStep(step, run.device)
+            graphed = optimization.GraphedStep(step, run.device)
             run.warm_up()
         lr = learning_rate(iteration, args.iterations, args.lr)
-        training.set_learning_rate(optimizer, lr)
+        optimization.set_learning_rate(optimizer, lr)
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
         logits, loss = graphed(images, labels)
         run.log({"loss": loss}, lr=lr)

@@ -12,6 +12,7 @@ from torch.utils.data import StackDataset
 
 import data
 import models
+import optimization
 import runtime
 import training
 from losses import gan_loss, patch_nce_loss
@@ -76,8 +77,8 @@ class ContrastiveTranslation:
         self.G = _on(device, models.ResnetGenerator(base_channels=args.base_channels, antialias=args.antialias))
         self.D = _on(device, models.PatchDiscriminator(base_channels=args.base_channels, antialias=args.antialias))
         self.H = _on(device, models.PatchProjector(self.G.feature_channels))
-        self.opt_G = runtime.adam([*self.G.parameters(), *self.H.parameters()], lr=args.lr, betas=BETAS)
-        self.opt_D = runtime.adam(self.D.parameters(), lr=args.lr, betas=BETAS)
+        self.opt_G = optimization.adam([*self.G.parameters(), *self.H.parameters()], lr=args.lr, betas=BETAS)
+        self.opt_D = optimization.adam(self.D.parameters(), lr=args.lr, betas=BETAS)
         self.state = dict(G=self.G, D=self.D, H=self.H, opt_G=self.opt_G, opt_D=self.opt_D)
 
     def step(self, x, y, autocast):
@@ -86,7 +87,7 @@ class ContrastiveTranslation:
         with autocast:
             fake, features_x = G(x, return_features=True)
             loss_D = discriminator_loss(D, y, fake, args.gan_loss)
-        runtime.update(self.opt_D, loss_D)
+        optimization.backward_and_step(self.opt_D, loss_D)
 
         D.requires_grad_(False)
         with autocast:
@@ -99,7 +100,7 @@ class ContrastiveTranslation:
                 identity, features_y = G(y, return_features=True)
                 losses["nce_y"] = self.patch_nce(features_y, G.encode(identity))
                 loss_G = loss_G + args.lambda_y * losses["nce_y"]
-        runtime.update(self.opt_G, loss_G)
+        optimization.backward_and_step(self.opt_G, loss_G)
         D.requires_grad_(True)
         return fake, {"D": loss_D} | losses
 
@@ -124,8 +125,8 @@ class CycleTranslation:
         options = dict(base_channels=args.base_channels, antialias=args.antialias)
         self.G, self.G_back = (_on(device, models.ResnetGenerator(**options)) for _ in range(2))
         self.D_y, self.D_x = (_on(device, models.PatchDiscriminator(**options)) for _ in range(2))
-        self.opt_G = runtime.adam([*self.G.parameters(), *self.G_back.parameters()], lr=args.lr, betas=BETAS)
-        self.opt_D = runtime.adam([*self.D_y.parameters(), *self.D_x.parameters()], lr=args.lr, betas=BETAS)
+        self.opt_G = optimization.adam([*self.G.parameters(), *self.G_back.parameters()], lr=args.lr, betas=BETAS)
+        self.opt_D = optimization.adam([*self.D_y.parameters(), *self.D_x.parameters()], lr=args.lr, betas=BETAS)
         self.pool_y, self.pool_x = ImagePool(POOL_SIZE, device), ImagePool(POOL_SIZE, device)
         names = ("G", "G_back", "D_y", "D_x", "opt_G", "opt_D", "pool_y", "pool_x")
         self.state = {name: getattr(self, name) for name in names}
@@ -145,14 +146,14 @@ class CycleTranslation:
             if args.identity_weight > 0:
                 losses["identity"] = l1(G(y), y) + l1(G_back(x), x)
                 loss_G = loss_G + args.identity_weight * losses["identity"]
-        runtime.update(self.opt_G, loss_G)
+        optimization.backward_and_step(self.opt_G, loss_G)
 
         for discriminator in (D_y, D_x):
             discriminator.requires_grad_(True)
         with autocast:
             loss_D = discriminator_loss(D_y, y, self.pool_y.exchange(fake_y.detach()), args.gan_loss)
             loss_D = loss_D + discriminator_loss(D_x, x, self.pool_x.exchange(fake_x.detach()), args.gan_loss)
-        runtime.update(self.opt_D, loss_D)
+        optimization.backward_and_step(self.opt_D, loss_D)
         return fake_y, {"D": loss_D} | losses
 
 
@@ -222,11 +223,11 @@ def main():
         data.Crops(target, args.width, args.crop_size, run.samples, args.seed, stream=1, cache=args.cache),
     )
     layout, autocast = runtime.translator_layout(run.device), runtime.autocast(run.device, args.precision)
-    step = training.GraphedStep(lambda x, y: translation.step(x, y, autocast), run.device)
+    step = optimization.GraphedStep(lambda x, y: translation.step(x, y, autocast), run.device)
     for iteration, batch in run.iterations(dataset):
-        lr = training.constant_then_linear(iteration, args.iterations, args.lr)
+        lr = optimization.constant_then_linear(iteration, args.iterations, args.lr)
         for optimizer in (translation.opt_G, translation.opt_D):
-            training.set_learning_rate(optimizer, lr)
+            optimization.set_learning_rate(optimizer, lr)
         x, y = (data.to_signed(images).contiguous(memory_format=layout) for images in batch)
         fake, losses = step(x, y)
         run.log(losses, lr=lr)

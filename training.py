@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import files
 import loading
+import optimization
 import runtime
 
 log = logging.getLogger("training")
@@ -41,12 +42,11 @@ log = logging.getLogger("training")
 FREE_ARGUMENTS = set("out device deterministic workers cache log_every save_every check restart exclude".split())
 FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
 FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # but once finished: see is_finished
-WARM_UP = 3  # steps in which cuDNN tries algorithms, with workspaces that no later step needs
 
 
 def _quoted(value):
     """What a file holds, and may be anything, as a part of a message."""
-    text = files.one_line(value)
+    text = files.printable(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
@@ -148,7 +148,7 @@ class Run:
                 files.clear_parts(self.args.cache)
             else:
                 log.warning("--cache %s: cannot be written, so that nothing is kept there", self.args.cache)
-        runtime.wait()
+        runtime.barrier()
         if self.checkpoint.is_file():
             self._load()
         if runtime.is_first():
@@ -182,7 +182,7 @@ class Run:
                     of_process = isinstance(part, OfProcess)
                     loaded = saved["state"][name][runtime.rank()] if of_process else saved["state"][name]
                     if isinstance(part, torch.optim.Optimizer):
-                        _load_optimizer(part, loaded)
+                        optimization.load_optimizer(part, loaded)
                     else:
                         part.load_state_dict(loaded)
                 self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
@@ -249,7 +249,7 @@ class Run:
 
     def warm_up(self):
         """The next steps are the first of their kind: on CUDA, their peak memory is not the run's."""
-        self.warming_up = WARM_UP + 1 if self.device.type == "cuda" else 0  # and one step more, which is measured
+        self.warming_up = optimization.WARM_UP + 1 if self.device.type == "cuda" else 0  # and one step more, which is measured
 
     def _count_warm_up(self):
         if self.warming_up > 0:
@@ -295,7 +295,7 @@ class Run:
     def _finite_means(self):
         if not self.sums:
             return {}
-        totals = runtime.averaged(torch.stack([total.double() for total in self.sums.values()])).tolist()
+        totals = runtime.all_reduce_mean_(torch.stack([total.double() for total in self.sums.values()])).tolist()
         means = {name: total / self.steps_summed for name, total in zip(self.sums, totals, strict=True)}
         if bad := [name for name, mean in means.items() if not np.isfinite(mean)]:
             raise self._diverged("loss", bad)
@@ -395,61 +395,6 @@ class StepClock:
         return begin.elapsed_time(end) / 1e3 if self.is_cuda else end - begin
 
 
-class GraphedStep:
-    """A training step that one GPU repeats as a CUDA graph: hundreds of kernels, started together.
-
-    A step at batch 1 is about a thousand kernels of a few microseconds, and Python takes several times longer to start them
-    one by one than the GPU to compute them. After WARM_UP calls the kernels are recorded once and from then on replayed.
-
-    step: a function of tensors, always of the same shapes, that returns tensors, alone or in tuples and dicts. Whatever
-    changes from call to call must be a tensor that stays in its place, the learning rate included: a number is recorded as
-    it was. Results are overwritten by the next call. On a CPU, and with several processes, this is step itself.
-    """
-
-    def __init__(self, step, device):
-        self.step, self.calls, self.graph = step, 0, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and runtime.processes() == 1 else None
-
-    def __call__(self, *inputs):
-        if self.stream is None:
-            return self.step(*inputs)
-        if self.graph is None:
-            self.calls += 1
-            if self.calls <= WARM_UP:
-                return self._on_stream(inputs)
-            self._record(inputs)
-        for kept, new in zip(self.inputs, inputs, strict=True):
-            kept.copy_(new)
-        self.graph.replay()
-        return self.results
-
-    def _on_stream(self, inputs):
-        """Step without a graph, on the stream that will be recorded, as CUDA graphs ask for."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            results = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return results
-
-    def _record(self, inputs):
-        self.inputs, self.graph = [each.clone() for each in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.results = self.step(*self.inputs)
-
-
-def set_learning_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def constant_then_linear(iteration, iterations, base):
-    """Zhu et al.'s learning rate: constant for the first half, then linear to 0, which the step after the last would have."""
-    return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
-
-
 def trained_width(run):
     """The width of the frames that a run was trained on, from its args.json."""
     width = files.read_json(run / "args.json", "width")["width"]
@@ -496,24 +441,6 @@ def _tensors(part, name):
 
 class OfProcess:
     """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
-
-
-def _load_optimizer(optimizer, state):
-    """Load Adam's moments, and keep its settings: those saved on a GPU do not fit a CPU, nor the other way round.
-
-    The moments are copied into the memory format of their parameters. load_state_dict keeps the format they were saved in;
-    where that is another, CPU against GPU or AVX2 against AVX-512, the fused Adam pairs them with the wrong weights, or
-    fails. ValueError for a moment of another shape.
-    """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, settings, strict=True):
-        group.update(kept)
-    for parameter, moments in optimizer.state.items():
-        for name in moments.keys() - {"step"}:
-            if moments[name].shape != parameter.shape:
-                raise ValueError(f"{name} has another shape than its parameter")
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 def _gathered(state):

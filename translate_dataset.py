@@ -122,12 +122,12 @@ def main():
         raise ValueError(
             f"--out {args.out}: begun with another {listed}; give another --out, or --restart to throw away what is there"
         )
-    runtime.wait()
+    runtime.barrier()
     if runtime.is_first():
         prepare(args.out, facts, args.restart)
         if frames.left_out:
             files.write_left_out(args.out, frames.left_out)
-    runtime.wait()
+    runtime.barrier()
 
     # Batches are cut, and dealt out to processes, before finished ones are left out: what stands beside a frame, and who
     # translates it, is the same in an interrupted run.
@@ -141,7 +141,7 @@ def main():
         check_disk(args.out, left, width)
     if own:
         translate_batches(generator, own, width, args, device, precision)
-    runtime.wait()
+    runtime.barrier()
     if not left:
         print(f"{args.out}: finished")
 

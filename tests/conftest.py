@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
     """A pair of domains, 144 pixels wide: what trains at a width of 128 resizes them."""
     out = tmp_path_factory.mktemp("pair of domains")  # with spaces in its name
     counts = ["--source-count", 4, "--target-count", 3, "--val-count", 2]
-    made = script("make_demo_data.py", out / "d", "--size", "72x144", *counts)
+    made = script("demo/make_demo_data.py", out / "d", "--size", "72x144", *counts)
     assert made.returncode == 0, made.stderr
     return out / "d"
 

@@ -46,7 +46,7 @@ class Stream:
 
 
 def stand_in(monkeypatch):
-    """Let training.GraphedStep record and replay on the CPU; returns a list that grows by one at each replay."""
+    """Let optimization.GraphedStep record and replay on the CPU; returns a list that grows by one at each replay."""
     replays = []
 
     class Graph(Recorder):

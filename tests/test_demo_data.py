@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from make_demo_data import DOMAINS, IDS, main, paths, render
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
 import runtime
-from make_demo_data import DOMAINS, IDS, main, paths, render
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_ID = {c.id: c.train_id for c in Cityscapes.classes}
@@ -55,7 +55,7 @@ def label_sets():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "small"
-    command = [sys.executable, str(ROOT / "make_demo_data.py"), *small_arguments(out)]
+    command = [sys.executable, str(ROOT / "demo/make_demo_data.py"), *small_arguments(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adapt_features
 import evaluate
 import models
+import optimization
 import runtime
 import train_segmenter
 import train_translator
@@ -60,11 +61,11 @@ def adam_steps(out, layout, steps):
     """A convolution after so many of three steps of Adam in float64, the first ones resumed from `out`."""
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, 4, 3, dtype=torch.float64).to(memory_format=layout)
-    optimizer = runtime.adam(network.parameters(), lr=0.1)
+    optimizer = optimization.adam(network.parameters(), lr=0.1)
     run = small_run(out, 3)
     run.restore(network=network, optimizer=optimizer)
     for _, x in itertools.islice(run.iterations(torch.randn(3, 3, 8, 8, dtype=torch.float64)), steps - run.iteration):
-        runtime.update(optimizer, network(x).square().sum())
+        optimization.backward_and_step(optimizer, network(x).square().sum())
         run.log({})
     run.lock.close()
     return network
@@ -357,10 +358,10 @@ def test_a_step_calls_nothing_that_is_not_deterministic_on_cuda(as_on_cuda, meth
     words = ["--source", "s", "--target", "t", "--out", "o", "--base-channels", "4", "--method"]
     if method in ("segmenter", "adaptation"):
         network = models.UNet(encoder="efficientnet-b0").to(memory_format=torch.channels_last).train()
-        optimizer = runtime.adam(network.parameters(), lr=1e-3)
+        optimizer = optimization.adam(network.parameters(), lr=1e-3)
     if method == "adaptation":
         discriminator = models.FeatureDiscriminator(network.feature_channels["decoder3"])
-        opt_D, gate = runtime.adam(discriminator.parameters(), lr=1e-3), adapt_features.Gate(0.0)
+        opt_D, gate = optimization.adam(discriminator.parameters(), lr=1e-3), adapt_features.Gate(0.0)
     elif method != "segmenter":
         words += ["fastcut_l5", "--antialias"] if method == "antialias" else [method]
         kind = train_translator.CycleTranslation if method == "cyclegan" else train_translator.ContrastiveTranslation

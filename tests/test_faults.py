@@ -19,6 +19,7 @@ from commands import ROOT, assert_same_outputs, run, script, table
 import adapt_features
 import files
 import models
+import optimization
 import runtime
 import train_segmenter
 import train_translator
@@ -99,7 +100,7 @@ def test_each_steps_learning_rate_is_the_optimisers_and_the_logs(
 ):
     module, words = stage(kind, pair, segmenter)
     words += ["--iterations", 4, "--log-every", 1, "--workers", 0, "--lr", 1e-4, "--out", tmp_path]
-    rate = train_segmenter.learning_rate if kind == "segmenter" else training.constant_then_linear
+    rate = train_segmenter.learning_rate if kind == "segmenter" else optimization.constant_then_linear
     for done in range(1, 5):
         call(monkeypatch, module, words, stop_after=1)
         expected = [rate(i, 4, 1e-4) for i in range(done)]
@@ -549,7 +550,7 @@ def test_twenty_kills_at_random_moments(pair, segmenter, tmp_path, kind):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     many = ["--iterations", 60, "--log-every", 1, "--save-every", 1, "--workers", 1]
     if kind == "demo":
-        command = [ROOT / "make_demo_data.py", "--seed", 3, "--source-count", 120, "--target-count", 80, "--val-count", 40]
+        command = [ROOT / "demo/make_demo_data.py", "--seed", 3, "--source-count", 120, "--target-count", 80, "--val-count", 40]
     elif kind == "translate":
         module, words = stage("cut", pair)
         words = [*words, "--iterations", 1, "--workers", 0, "--width", 1400, "--out", tmp_path / "translator"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from commands import ROOT, run
 
 import models
+import optimization
 import runtime
 import train_translator
 import training
@@ -199,8 +200,8 @@ def test_hours_of_the_experiment(job):
 def test_a_replayed_step_is_held_to_the_step(job, monkeypatch, kind):
     graphs.stand_in(monkeypatch)
     made = gpu_check.build(kind, torch.device("cpu"), 64, 1 if kind == "cyclegan" else 2)
-    step = training.GraphedStep(gpu_check.functools.partial(made.step, runtime.autocast(torch.device("cpu"), "fp32")), CUDA)
-    for _ in range(training.WARM_UP + 1):
+    step = optimization.GraphedStep(gpu_check.functools.partial(made.step, runtime.autocast(torch.device("cpu"), "fp32")), CUDA)
+    for _ in range(optimization.WARM_UP + 1):
         step(*made.inputs)
     with pytest.raises(gpu_check.Failed, match="ignores the learning rate"):  # which is a number on the CPU
         gpu_check.graph_off(made, step)
@@ -211,8 +212,8 @@ def test_a_replayed_step_that_is_right_passes(job, monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **options: adam(parameters, torch.tensor(lr), **options))
     test_graph = graphs.stand_in(monkeypatch)
     made = gpu_check.build("fastcut_l5", torch.device("cpu"), 32)
-    step = training.GraphedStep(gpu_check.functools.partial(made.step, runtime.autocast(torch.device("cpu"), "fp32")), CUDA)
-    for _ in range(training.WARM_UP + 1):
+    step = optimization.GraphedStep(gpu_check.functools.partial(made.step, runtime.autocast(torch.device("cpu"), "fp32")), CUDA)
+    for _ in range(optimization.WARM_UP + 1):
         step(*made.inputs)
     assert 0 <= gpu_check.graph_off(made, step) < 1e-5 and len(test_graph) == 3
 
@@ -337,10 +338,10 @@ def test_a_run_begun_on_the_cpu_steps_on_cuda_as_if_unbroken(tmp_path):
             torch.manual_seed(0)
             network = torch.nn.Conv2d(3, 4, 3, dtype=torch.float64)
             network.to(run.device, memory_format=torch.channels_last if device == "cuda" else torch.contiguous_format)
-            optimizer = runtime.adam(network.parameters(), lr=0.1)
+            optimizer = optimization.adam(network.parameters(), lr=0.1)
             run.restore(network=network, optimizer=optimizer)
             for iteration, x in run.iterations(torch.randn(3, 3, 8, 8, dtype=torch.float64)):
-                runtime.update(optimizer, network(x).square().sum())
+                optimization.backward_and_step(optimizer, network(x).square().sum())
                 run.log({})
                 if iteration + 1 == steps and steps < 3:
                     break

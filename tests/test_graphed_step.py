@@ -6,6 +6,7 @@ import torch
 
 import adapt_features
 import models
+import optimization
 import runtime
 import train_segmenter
 import train_translator
@@ -34,7 +35,7 @@ def trainer(kind):
         return lambda x, labels, y: made.step(2 * x - 1, 2 * y - 1, plain), (made.opt_G, made.opt_D), made.state
     segmenter = models.UNet(3, "efficientnet-b0").train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels["decoder3"])
-    opt_F, opt_D = (runtime.adam(network.parameters(), 1e-3) for network in (segmenter, discriminator))
+    opt_F, opt_D = (optimization.adam(network.parameters(), 1e-3) for network in (segmenter, discriminator))
     gate = adapt_features.Gate(0.5)
     state = dict(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
     if kind == "stage 3":
@@ -46,13 +47,13 @@ def trainer(kind):
 def trained(kind, device, batch=1):
     """Losses of each step and the state after the last, with a learning rate that changes from step to step."""
     step, optimizers, state = trainer(kind)
-    step, losses = training.GraphedStep(step, device), []
+    step, losses = optimization.GraphedStep(step, device), []
     for k in range(STEPS):
         generator = torch.Generator().manual_seed(k)
         x, y = torch.rand(2, batch, 3, 32, 32, generator=generator)
         labels = torch.randint(3, (batch, 32, 32), generator=generator)
         for optimizer in optimizers:
-            training.set_learning_rate(optimizer, 1e-3 / (k + 1))
+            optimization.set_learning_rate(optimizer, 1e-3 / (k + 1))
         torch.manual_seed(k)
         found = step(x, labels, y)
         found = found if isinstance(found, dict) else found[1]
@@ -67,7 +68,7 @@ def test_replayed_steps_are_the_steps(replays, monkeypatch, kind):
     (losses, state), (graphed_losses, graphed_state) = (
         trained(kind, device, 1 + (kind in ("stage 3", "stage 4"))) for device in (CPU, CUDA)
     )
-    assert len(replays) == STEPS - training.WARM_UP and min(replays) > 100
+    assert len(replays) == STEPS - optimization.WARM_UP and min(replays) > 100
     assert graphed_losses == losses
     for (name, tensor), (_, graphed) in zip(state, graphed_state, strict=True):
         assert torch.equal(tensor, graphed), name

@@ -28,7 +28,7 @@ import data, models, runtime
 
 torch.set_default_dtype(torch.float64)
 data.to_unit, data.to_signed = lambda images: images.double() / 255, lambda images: images.double() / 127.5 - 1
-runtime.adam = lambda parameters, lr, betas=None: torch.optim.SGD(parameters, lr)
+optimization.adam = lambda parameters, lr, betas=None: torch.optim.SGD(parameters, lr)
 data.TRAIN_IDS[data.TRAIN_IDS == data.VOID] = 0
 
 def train(self, mode=True):
@@ -43,7 +43,7 @@ models.UNet.train = train
 for name, words in json.loads(sys.argv[1]):
     sys.argv = [f"{name}.py", *words]
     importlib.import_module(name).main()
-    runtime.wait()
+    runtime.barrier()
 if dist.is_initialized():
     dist.destroy_process_group()
 """
@@ -102,7 +102,7 @@ def test_processes_leave_their_group_before_they_end(tmp_path, last):
 
         def main():
             runtime.join_processes(torch.device("cpu"))
-            runtime.wait()
+            runtime.barrier()
             assert runtime.processes() == 2
             {last}
 
@@ -122,9 +122,9 @@ def test_gradients_are_exchanged_in_their_parameters_layout(tmp_path):
         def main():
             runtime.join_processes(torch.device("cpu"))
             weight = torch.nn.Parameter(torch.zeros(4, 8, 1, 1).to(memory_format=torch.channels_last))
-            optimizer = runtime.adam([weight], lr=0.1)
+            optimizer = optimization.adam([weight], lr=0.1)
             for step in range(3):
-                runtime.update(optimizer, (weight * torch.full((4, 8, 1, 1), 1.0 + runtime.rank())).sum())
+                optimization.backward_and_step(optimizer, (weight * torch.full((4, 8, 1, 1), 1.0 + runtime.rank())).sum())
                 assert torch.equal(weight.grad, torch.full_like(weight, 1.5)) and weight.grad.stride() == weight.stride()
 
         runtime.run_script(main)

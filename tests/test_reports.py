@@ -554,7 +554,7 @@ def test_a_disk_too_small_for_checkpoints_is_said_at_the_start(pair, tmp_path):
 
 
 def test_a_drawing_process_that_is_killed_is_said(tmp_path):
-    command = [sys.executable, ROOT / "make_demo_data.py", tmp_path / "d", "--size", "512x1024", "--source-count", 400]
+    command = [sys.executable, ROOT / "demo/make_demo_data.py", tmp_path / "d", "--size", "512x1024", "--source-count", 400]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("*.png")) and process.poll() is None:
         time.sleep(0.1)

@@ -35,7 +35,7 @@ def out(tmp_path):
 
 
 def test_a_study_has_mean_deviation_and_differences_of_its_seeds(out):
-    result = run(sys.executable, ROOT / "tests" / "study.py", out, "--seeds")  # none to run: what is there
+    result = run(sys.executable, ROOT / "tools" / "study.py", out, "--seeds")  # none to run: what is there
     assert result.returncode == 0, result.stderr
     rows = table(out / "study.csv")
     assert len(rows) == 3 * 5 + 2 and list(rows[0]) == ["seed", "model", *evaluate.MEANS, "recovered"]
@@ -53,5 +53,5 @@ def test_a_study_has_mean_deviation_and_differences_of_its_seeds(out):
 def test_a_broken_table_is_one_line(out):
     path = out / "seed1" / "results" / "table2.csv"
     path.write_text(path.read_text().replace("12.00", "twelve"))
-    result = run(sys.executable, ROOT / "tests" / "study.py", out, "--seeds")
+    result = run(sys.executable, ROOT / "tools" / "study.py", out, "--seeds")
     assert result.returncode == 2 and "table2.csv" in result.stderr and result.stderr.count("\n") == 1

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import adapt_features
 import models
+import optimization
 import runtime
 import train_segmenter
 import train_translator
-import training
 from losses import gan_loss, patch_nce_loss, segmentation_loss
 
 
@@ -25,12 +25,12 @@ from losses import gan_loss, patch_nce_loss, segmentation_loss
 )
 def test_translators_learning_rate(part, expected, iterations):
     """Iterations 0, 40k, 80k, 120k, 200k, 300k and 350k of 400k."""
-    assert training.constant_then_linear(round(part * iterations), iterations, 2e-4) == pytest.approx(expected, rel=1e-12)
+    assert optimization.constant_then_linear(round(part * iterations), iterations, 2e-4) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("iterations", [400_000, 4_000, 1_000_000, 40])
 def test_translators_learning_rate_reaches_zero_after_the_last_iteration(iterations):
-    lr = [training.constant_then_linear(i, iterations, 2e-4) for i in (iterations // 2 - 1, iterations - 2, iterations - 1)]
+    lr = [optimization.constant_then_linear(i, iterations, 2e-4) for i in (iterations // 2 - 1, iterations - 2, iterations - 1)]
     assert lr == pytest.approx([2e-4, 2 * 2e-4 / (iterations / 2), 2e-4 / (iterations / 2)], rel=1e-12)
 
 
@@ -52,7 +52,7 @@ def test_segmenters_learning_rate_falls_at_two_thirds(iterations, corner):
 
 @given(st.integers(1, 1000))
 def test_any_number_of_iterations_begins_at_the_base_rate_and_never_rises(iterations):
-    for rate in (training.constant_then_linear, train_segmenter.learning_rate):
+    for rate in (optimization.constant_then_linear, train_segmenter.learning_rate):
         rates = [rate(i, iterations, 2e-4) for i in range(iterations)]
         assert rates[0] == 2e-4 and rates == sorted(rates, reverse=True) and rates[-1] > 0
 

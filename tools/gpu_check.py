@@ -53,10 +53,10 @@ import fid
 import files
 import loading
 import models
+import optimization
 import runtime
 import train_segmenter
 import train_translator
-import training
 
 ROOT = Path(runtime.__file__).resolve().parent
 METHODS = ("fastcut_l5", "cyclegan", "cut", "fastcut")
@@ -119,7 +119,7 @@ def attempt(part, what, is_check=False):
 
 def one_line(error):
     name = "" if isinstance(error, Failed) else f"{type(error).__name__}: "
-    return (name + files.one_line(str(error).strip()))[:400]
+    return (name + files.printable(str(error).strip()))[:400]
 
 
 TARGETS = (  # for one H100 with 16 cores: name, target, and the result (part, name) that it is compared with
@@ -312,7 +312,7 @@ def draw_real_pair():
 
 
 def draw(out, size, source, target, val):
-    script = next(path for path in (ROOT / "demo/make_demo_data.py", ROOT / "make_demo_data.py") if path.is_file())
+    script = ROOT / "demo/make_demo_data.py"
     counts = ["--source-count", source, "--target-count", target, "--val-count", val]
     command(sys.executable, script, out, "--size", size, *counts, limit=60)
 
@@ -363,9 +363,9 @@ def build(kind, device, size, batch=1, dtype=torch.float32, layout=None, channel
     else:
         layout = layout or torch.channels_last
         parts = {"F": models.UNet(len(data.CLASSES), job.encoder).to(device, memory_format=layout).train()}
-        parts["opt_F"] = runtime.adam(parts["F"].parameters(), lr=1e-4)
+        parts["opt_F"] = optimization.adam(parts["F"].parameters(), lr=1e-4)
         parts["D"] = models.FeatureDiscriminator(parts["F"].feature_channels["decoder3"]).to(device)
-        parts["opt_D"], gate = runtime.adam(parts["D"].parameters(), lr=1e-4), adapt_features.Gate(0.0, device)
+        parts["opt_D"], gate = optimization.adam(parts["D"].parameters(), lr=1e-4), adapt_features.Gate(0.0, device)
     networks = {name: part.to(dtype) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
     images, labels = torch.rand(2, batch, 3, size, size), torch.randint(len(data.CLASSES), (batch, size, size)).to(device)
@@ -451,11 +451,11 @@ def evaluate_step(kind, device, precision):
         (F, "relu", lambda x, inplace=False: F.silu(x)),
         (F, "leaky_relu", lambda x, slope, inplace=False: slope * x + (1 - slope) * F.silu(x)),
         (train_translator, "l1", lambda a, b: (models.promoted(a) - models.promoted(b)).square().mean()),
-        (runtime, "update", lambda optimizer, loss: (optimizer.zero_grad(), loss.backward())),
+        (optimization, "backward_and_step", lambda optimizer, loss: (optimizer.zero_grad(), loss.backward())),
     ]
     autocast = runtime.autocast(device, "bf16" if precision == "bf16" else "fp32")
     with patched((models, "sample_locations", given_locations)):
-        with patched((runtime, "update", lambda *_: None)):
+        with patched((optimization, "backward_and_step", lambda *_: None)):
             output, losses = made.step(autocast)
         with patched(*smooth):
             made.step(autocast)
@@ -674,8 +674,8 @@ def plain_mathematics():
     torch.set_num_threads(1)
     data.to_unit, data.to_signed = lambda images: images.double() / 255, lambda images: images.double() / 127.5 - 1
     data.TRAIN_IDS[data.TRAIN_IDS == data.VOID] = 0
-    runtime.adam = lambda parameters, lr, betas=None: torch.optim.SGD(parameters, lr)
-    training.GraphedStep = lambda step, device: step  # which would keep SGD's rate as it was
+    optimization.adam = lambda parameters, lr, betas=None: torch.optim.SGD(parameters, lr)
+    optimization.GraphedStep = lambda step, device: step  # which would keep SGD's rate as it was
 
     def mode(self, mode=True):
         torch.nn.Module.train(self, mode)
@@ -703,7 +703,7 @@ def nccl_alone():
     device, gradients = runtime.pick_device(job.device, deterministic=True), []
     meet = f"file://{job.work}/meet"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=meet, rank=0, world_size=1)  # as runtime.py does
-    for count in (1, 2):  # runtime.update uses DDP if there is more than one process
+    for count in (1, 2):  # optimization.backward_and_step uses DDP if there is more than one process
         made = build("stage 3", device, 64, 2)
         with patched((runtime, "processes", lambda count=count: count)):
             torch.manual_seed(0)
@@ -788,7 +788,7 @@ def time_variant(part, kind, name):
         autocast = runtime.autocast(device, "bf16" if name.startswith("bf16") else "fp32")
         step = functools.partial(made.step, autocast)
         if "no graph" not in name:
-            step = training.GraphedStep(step, device)
+            step = optimization.GraphedStep(step, device)
         losses = {key: loss.item() for key, loss in step(*made.inputs)[1].items()}
         found = timed(lambda: step(*made.inputs), device)
         if getattr(step, "graph", None):
@@ -801,7 +801,7 @@ def timed(step, device):
     """Median ms of a step, seconds of the first ones; on CUDA also kernels of a step, their share of the time, peak memory."""
     is_cuda, begun = device.type == "cuda", time.monotonic()
     for k in range(job.warm_up):
-        if is_cuda and k == training.WARM_UP - 1:  # one step has been taken before; a graph is recorded in the next one
+        if is_cuda and k == optimization.WARM_UP - 1:  # one step has been taken before; a graph is recorded in the next one
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         step()
@@ -892,7 +892,7 @@ def graph_off(made, graphed):
     before, results = [tensor.clone() for tensor in state], []
     for step, rate in ((graphed, 0.0), (graphed, 1e-4), (graphed.step, 1e-4)):
         for optimizer in made.optimizers:
-            training.set_learning_rate(optimizer, rate)
+            optimization.set_learning_rate(optimizer, rate)
         old = [weight.clone() for weight in weights]
         torch.manual_seed(0)
         losses = torch.stack([loss.detach().float() for loss in step(*made.inputs)[1].values()])

@@ -1,7 +1,7 @@
 """Stage 0, only without real data: draw a small, labelled pair of synthetic driving domains to run the others on.
 
-    python make_demo_data.py demo                            # 400 + 200 + 60 frames of 128x256 in half a minute
-    python make_demo_data.py big --size 1024x2048 --source-count 8 --target-count 4 --val-count 4
+    python demo/make_demo_data.py demo                            # 400 + 200 + 60 frames of 128x256 in half a minute
+    python demo/make_demo_data.py big --size 1024x2048 --source-count 8 --target-count 4 --val-count 4
 
 OUT/source is laid out as GTA5 and looks like a game: clean edges, saturated colours, flat repeating texture, hard sun.
 OUT/target is laid out as Cityscapes and looks like a dashcam: green haze, cobbles, dirt, noise, a bonnet.
@@ -15,6 +15,7 @@ there, so that the gap between them is one of appearance: the kind that CLADA is
 import argparse
 import math
 import os
+import sys
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from torchvision.datasets import Cityscapes
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import files
 import runtime

@@ -1,7 +1,7 @@
 """What the method recovers, seed by seed: run_all.sh for each seed, one table over all of them and one picture.
 
-    python tests/study.py runs/study --seeds 0 1 2 3 4 --baseline-seeds 0 1 2
-    SETTINGS=demo SOURCE=day TARGET=dusk python tests/study.py runs/study_dusk --seeds 0 1 2
+    python tools/study.py runs/study --seeds 0 1 2 3 4 --baseline-seeds 0 1 2
+    SETTINGS=demo SOURCE=day TARGET=dusk python tools/study.py runs/study_dusk --seeds 0 1 2
 
 The variables of run_all.sh pass through, but for OUT, SEED, METHODS and PYTHON. OUT/seedN is what run_all.sh leaves for a
 seed, OUT/seedN.log what it said. A finished seed takes a minute, an unfinished one goes on, and more may be asked for later.

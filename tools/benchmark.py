@@ -1,7 +1,7 @@
 """What each part of CLADA costs on a machine, beside the same mathematics done plainly or by the package others use.
 
-    python tests/benchmark.py                                   # everything, a quarter of an hour on two cores
-    python tests/benchmark.py translators --size 400 --device cuda
+    python tools/benchmark.py                                   # everything, a quarter of an hour on two cores
+    python tools/benchmark.py translators --size 400 --device cuda
 
 Sections: translators, variants, memory, segmenters, translation, loading, scores, fid. What a row is compared with runs in
 turn with it (A B C, A B C, ...), and a ratio is the median of the ratios within each turn, so that a machine that slows down
@@ -42,6 +42,7 @@ import evaluate
 import fid
 import loading
 import models
+import optimization
 import runtime
 import train_segmenter
 import train_translator
@@ -205,7 +206,7 @@ def peak_memory(method, precision, device, size):
     train_translator.POOL_SIZE = 2  # full at once; 50 images are 38 MiB a pool at 256x256
     step = translator_step(method, precision, device, size)
     for turn in range(2):  # cuDNN tries algorithms in the first one, with workspaces that no later step needs
-        for _ in range(training.WARM_UP):
+        for _ in range(optimization.WARM_UP):
             step()
         if turn == 0 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -227,13 +228,13 @@ def segmenter_step(precision, device, adapts=False):
     plain = precision == "textbook"
     layout = torch.contiguous_format if plain else torch.channels_last
     F = models.UNet().to(device, memory_format=layout).train()
-    opt_F = torch.optim.Adam(F.parameters(), lr=2e-4) if plain else runtime.adam(F.parameters(), lr=2e-4)
+    opt_F = torch.optim.Adam(F.parameters(), lr=2e-4) if plain else optimization.adam(F.parameters(), lr=2e-4)
     x, y = (torch.rand(UNET_BATCH, 3, *UNET_SIZE, device=device).contiguous(memory_format=layout) for _ in range(2))
     labels = torch.randint(19, (UNET_BATCH, *UNET_SIZE), device=device)
     if not adapts:
         return lambda: train_segmenter.training_step(F, opt_F, x, labels, runtime.autocast(device, precision))
     D = models.FeatureDiscriminator(F.feature_channels["decoder3"]).to(device)
-    opt_D = torch.optim.Adam(D.parameters(), lr=1e-4) if plain else runtime.adam(D.parameters(), lr=1e-4)
+    opt_D = torch.optim.Adam(D.parameters(), lr=1e-4) if plain else optimization.adam(D.parameters(), lr=1e-4)
     gate = adapt_features.Gate(0.0, device)
     rest = (opt_F, opt_D, gate, (x, labels, y), "decoder3", 0.1, runtime.autocast(device, precision))
     return lambda: adapt_features.training_step(F, D, *rest)
@@ -257,7 +258,7 @@ def draw(out, size, source, target):
     """A pair of drawn domains; their folders."""
     words = ["--size", size, "--source-count", source, "--target-count", target, "--val-count", 1]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.run([sys.executable, ROOT / "make_demo_data.py", out, *map(str, words)], check=True, **quiet)
+    subprocess.run([sys.executable, ROOT / "demo/make_demo_data.py", out, *map(str, words)], check=True, **quiet)
     rng = np.random.default_rng(0)
     for path in (*out.glob("source/images/*"), *out.glob("target/leftImg8bit/*/*/*")):  # noise: about a byte per pixel as PNG
         grain = rng.normal(0, 2.5, data.image_size(path)[::-1])[..., None]

@@ -1,0 +1,131 @@
+"""What one training step needs: Adam, the step of an optimizer on one or many GPUs, CUDA graphs, learning rates."""
+
+import warnings
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import runtime
+
+WARM_UP = 3  # steps before a CUDA graph is recorded; cuDNN also tries its algorithms in them, with large workspaces
+# Steps that are not part of a graph, the first ones among them, need no warning.
+warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+
+
+def adam(parameters, lr, betas=(0.9, 0.999)):
+    """torch's fused Adam: one kernel per step instead of a dozen per parameter.
+
+    On a GPU the learning rate is a tensor: a CUDA graph would keep a number as it was when the graph was recorded.
+    """
+    parameters = list(parameters)
+    device = parameters[0].device
+    if device.type == "cuda":
+        rate = torch.tensor(lr, dtype=torch.float32, device=device)
+        return torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True, capturable=True)
+    return torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def constant_then_linear(iteration, iterations, base):
+    """Zhu et al. 2017's schedule: `base` for the first half, then linear decay that would reach 0 after the last step."""
+    return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
+
+
+def backward_and_step(optimizer, loss):
+    """One step of an optimizer; its gradients are averaged over all processes."""
+    if runtime.processes() > 1:
+        loss = _averaging(optimizer)(loss)
+    optimizer.zero_grad(set_to_none=runtime.processes() == 1)
+    loss.backward()
+    optimizer.step()
+
+
+def _averaging(optimizer):
+    """DistributedDataParallel around an optimizer's parameters, with a forward pass that returns the loss unchanged.
+
+    It does not wrap the networks, because a step of CUT runs a network several times, calls methods other than forward(),
+    and sends gradients through a discriminator without training it. It is rebuilt when parameters are frozen or unfrozen.
+    Gradients are views of DDP's buckets in the layout of their parameters, so they are never copied.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    ids = [id(p) for p in trained]
+    if getattr(optimizer, "averaged_ids", None) != ids:
+        optimizer.zero_grad()
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        identity = torch.nn.Identity()
+        identity.trained = torch.nn.ParameterList(trained)
+        optimizer.averaging = DistributedDataParallel(identity, init_sync=False, gradient_as_bucket_view=True)
+        optimizer.averaged_ids = ids
+    return optimizer.averaging
+
+
+def synchronise_batchnorm(network, device):
+    """On CUDA with several processes, let BatchNorm take its training statistics from all processes' batches."""
+    if runtime.processes() > 1 and device.type == "cuda":  # torch has it for CUDA only
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+def load_optimizer(optimizer, state):
+    """Load Adam's moments but keep the optimizer's own settings: those saved on a GPU do not fit a CPU, and vice versa.
+
+    The moments are copied into the memory format of their parameters. load_state_dict keeps the format in which they were
+    saved; if that differs (CPU and GPU, AVX2 and AVX-512), the fused Adam pairs them with the wrong weights, or fails.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+    for parameter, moments in optimizer.state.items():
+        for name in moments.keys() - {"step"}:
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
+
+class GraphedStep:
+    """A training step that one GPU replays as a CUDA graph.
+
+    At batch 1 a step is about a thousand kernels of a few microseconds each, and Python launches them several times more
+    slowly than the GPU runs them. After WARM_UP calls the kernels are recorded once; further calls replay them.
+
+    step: takes tensors, always of the same shapes, and returns tensors, alone or in tuples and dicts. Whatever changes from
+    call to call must be a tensor that stays in place (the learning rate, too), because numbers are recorded as constants.
+    The next call overwrites the results. On a CPU, and with several processes, calls go straight to `step`.
+    """
+
+    def __init__(self, step, device):
+        self.step, self.calls, self.graph = step, 0, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and runtime.processes() == 1 else None
+
+    def __call__(self, *inputs):
+        if self.stream is None:
+            return self.step(*inputs)
+        if self.graph is None:
+            self.calls += 1
+            if self.calls <= WARM_UP:
+                return self._step_on_stream(inputs)
+            self._record(inputs)
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.results
+
+    def _step_on_stream(self, inputs):
+        """Step without a graph, on the stream on which the graph will be recorded, as CUDA graphs require."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            results = self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return results
+
+    def _record(self, inputs):
+        self.inputs, self.graph = [each.clone() for each in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.results = self.step(*self.inputs)
