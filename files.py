@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, folders that one process at a time may fill, and tables.
+"""Files that appear whole or not at all, locked folders, JSON and CSV.
 
-Every script writes by `write_whole`: a kill, a full disk or a lost connection leaves the old file or the new one. A folder
-that is being filled is locked (`lock`), and whoever has the lock may clear away what killed writers left.
+Every script writes with `write_whole`: after a kill, a full disk or a lost connection there is the old file or the new one.
+A folder is locked while it is filled (`lock`); the process that holds the lock may remove what killed writers left.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ import time
 from pathlib import Path
 
 log = logging.getLogger("files")
-PART = ".part"  # ends the name of a file that is being written
+PART = ".part"  # suffix of files that are being written
 
 
 def printable(text):
-    """What a message quotes, of which a path or a damaged file may make anything, in printable characters."""
+    """Text for a one-line message: control characters and undecodable bytes are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def write_whole(path, content):
-    """Write bytes such that the file appears whole or not at all: under another name, through to the disk, renamed.
+    """Write bytes to a file, atomically: to a temporary file, through to the disk, then rename.
 
-    A full disk is an OSError that says how much was needed; what `path` held before is still there.
+    Raises OSError, which says how much space is needed and how much is free if the disk is full; an older file stays as it is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
@@ -44,51 +44,54 @@ def write_whole(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            reason = error.strerror
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                disk = os.statvfs(path.parent)
-                free = disk.f_bavail * disk.f_frsize
-                reason = f"{reason}: {len(content):,} bytes are needed, {free:,} are free on its disk"
-                if error.errno == errno.EFBIG:
-                    reason = f"{error.strerror}: {len(content):,} bytes are more than ulimit -f allows"
-                elif disk.f_files and not disk.f_favail:
-                    reason = f"{error.strerror}: its disk holds as many files as it can (no inodes are left)"
-            raise OSError(error.errno, reason, str(path)) from error
+            raise OSError(error.errno, _reason(error, path.parent, len(content)), str(path)) from error
         raise
 
 
+def _reason(error, folder, size):
+    """Why `size` bytes cannot be written to a folder."""
+    if error.errno == errno.EFBIG:
+        return f"{error.strerror}: {size:,} bytes are more than ulimit -f allows"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error.strerror
+    disk = os.statvfs(folder)
+    if disk.f_files and not disk.f_favail:
+        return f"{error.strerror}: the file system has no inodes left"
+    return f"{error.strerror}: {size:,} bytes are needed, {disk.f_bavail * disk.f_frsize:,} are free"
+
+
 def check_writable(folder):
-    """Make a folder; OSError naming it if nothing can be written there. Before the work, not after it."""
+    """Create a folder and try to write to it, so that an error comes before the work. Raises OSError naming the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ".writable", bytes(65536))  # room for a table
+    write_whole(folder / ".writable", bytes(65536))  # more than a table takes
     (folder / ".writable").unlink(missing_ok=True)
 
 
 def write_left_out(folder, left_out):
-    """{name: why} of frames that are not used -> left_out.txt, a line each."""
-    lines = [f"{printable(name)}\t{why}\n" for name, why in left_out.items()]
+    """{name: reason} of frames that are not used -> left_out.txt, one per line."""
+    lines = [f"{printable(name)}\t{reason}\n" for name, reason in left_out.items()]
     write_whole(folder / "left_out.txt", "".join(lines).encode())
 
 
 def digest(path):
-    """The sha256 of a file's content, in hexadecimal digits. ValueError if it is not a regular file."""
+    """The sha256 of a file's content, in hexadecimal. Raises ValueError if it is not a regular file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: {'not a regular file' if Path(path).exists() else 'No such file'}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def clear_parts(folder):
-    """Remove what killed writers of `write_whole` left; call it where nobody else can be writing."""
+    """Remove what killed writers left. Call it only where no other process can be writing."""
     for leftover in Path(folder).glob(f".*{PART}"):
         leftover.unlink(missing_ok=True)
 
 
 def lock(folder, wait=False):
-    """Keep other processes out of a folder: the lock lasts until the file that is returned is closed or its process ends.
+    """Lock a folder against other processes until the returned file is closed or this process ends.
 
-    It is the operating system's, so a dead process leaves none. Raises ValueError naming the process that has it, or, with
-    `wait`, says so every minute until it has gone.
+    The operating system holds the lock, so a dead process leaves none. Raises ValueError naming the process that holds it;
+    with `wait`, waits for that process instead, and says so every minute.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,13 +111,14 @@ def lock(folder, wait=False):
         if second % 60 == 0:
             log.info("%s: waiting for %s", folder, holder)
         time.sleep(1)
-    with contextlib.suppress(OSError):  # a courtesy, which a full disk may not have room for
+    with contextlib.suppress(OSError):  # the name is a courtesy; a full disk may have no room for it
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 
 def png_bytes(image, **options):
+    """A PIL image as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", **options)
     return buffer.getbuffer()
@@ -125,26 +129,26 @@ def write_json(path, content):
 
 
 def read_json(path, *keys):
-    """A JSON file that holds an object, as a dict. ValueError if it is none or lacks one of `keys`."""
+    """The object in a JSON file, as a dict. Raises ValueError if the file holds none, or one without some of `keys`."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or not content.keys() >= set(keys):
-        raise ValueError(f"{path}: no JSON object" + (f" with {', '.join(keys)}" if keys else "") + ", which is needed")
+        raise ValueError(f"{path}: not a JSON object" + (f" with {', '.join(keys)}" if keys else ""))
     return content
 
 
-def finished(out, name):
-    """Path of a finished run's weights.pt; ValueError if the run is not there or not finished. name: its flag."""
-    weights = Path(out) / "weights.pt"
+def finished(run, flag):
+    """The path of a finished run's weights.pt. Raises ValueError naming the flag if the run does not exist or is unfinished."""
+    weights = Path(run) / "weights.pt"
     if not weights.is_file():
-        raise ValueError(f"{name} {out}: no weights.pt there; is that run finished? The command that began it goes on with it")
+        raise ValueError(f"{flag} {run}: no weights.pt there; is that run finished? The command that started it resumes it")
     return weights
 
 
 def write_csv(path, rows):
-    """Rows (dicts) as a CSV file with the columns of all of them, in the order of their first appearance."""
+    """Write rows (dicts) as CSV, with the columns of all rows in order of first appearance."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), restval="")
     writer.writeheader()
@@ -153,7 +157,7 @@ def write_csv(path, rows):
 
 
 def read_csv(path, *columns):
-    """The rows of a CSV file as dicts of strings; none if there is no such file. ValueError if it lacks one of `columns`."""
+    """The rows of a CSV file as dicts of strings, [] if there is no such file. ValueError if one of `columns` is missing."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restval="")
@@ -163,14 +167,14 @@ def read_csv(path, *columns):
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not CSV ({error})") from error
     if missing := [column for column in columns if column not in found]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}, which it should have")
+        raise ValueError(f"{path}: no column {', '.join(missing)}")
     if any(None in row for row in rows):
         raise ValueError(f"{path}: a row has more cells than there are columns")
     return rows
 
 
 def check_out(out, *folders, flag="--out"):
-    """Raises ValueError if `out` is one of the folders, or inside of one, from which a stage only reads."""
+    """Raises ValueError if `out` is, or lies inside, one of the folders from which a script only reads."""
     for folder in filter(None, folders):
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
             raise ValueError(f"{flag} {out}: lies inside {folder}, which is only read; give a folder elsewhere")

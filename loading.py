@@ -1,5 +1,7 @@
-"""Batches read ahead by worker processes. A damaged frame, a killed worker or a small /dev/shm ends in an error, never in a
-hang, and the log names the frame that a stalled disk does not deliver.
+"""Batches in order, read by worker processes.
+
+DataLoader does the reading; this file makes its failures visible. A sample that cannot be read, a worker that is killed and a
+small /dev/shm raise an error instead of hanging, and the log names the frame that a stalled disk does not deliver.
 """
 
 import logging
@@ -17,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 import runtime
 
 log = logging.getLogger("loading")
-KILLED = "a process that reads images was killed, most likely for lack of memory: lower --workers or --width"
-PATIENCE = 120  # seconds without a batch after which the log says what is waited for
+KILLED = "a worker process that reads images was killed, most likely for lack of memory: lower --workers or --width"
+PATIENCE = 120  # seconds without a batch after which the log names what is awaited
 
 
 def stacked(samples):
@@ -28,53 +30,71 @@ def stacked(samples):
     return torch.stack(samples)
 
 
-def batches(dataset, indices, workers, device=None, collate=stacked):
-    """Yield collate([dataset[i] for i in batch]) for each batch of `indices`, a sequence of sequences, on `device`.
+class SampleNumbers:
+    """The sample numbers of each batch of one process, from iteration `start` on.
 
-    dataset.frame(i) is the data.Frame of sample i, which is named where reading one takes long. Raises what reading a
-    sample raised, as ValueError, OSError or MemoryError; ChildProcessError where a reading process was killed.
+    Iteration i of n processes draws samples i * n * batch_size onwards; each process takes batch_size of them in turn.
+    """
+
+    def __init__(self, start, stop, batch_size, rank, processes):
+        self.start, self.stop, self.batch_size, self.rank, self.processes = start, stop, batch_size, rank, processes
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        for i in range(self.start, self.stop):
+            first = (i * self.processes + self.rank) * self.batch_size
+            yield range(first, first + self.batch_size)
+
+
+def batches(dataset, indices, workers, device=None, collate=stacked):
+    """Yield collate([dataset[i] for i in batch]) on `device` for each batch of `indices`, a sequence of sequences.
+
+    dataset.frame(i) is the data.Frame of sample i, which the log names if reading it takes long. Raises what reading a sample
+    raised, as ValueError, OSError or MemoryError, and ChildProcessError if a worker was killed.
     """
     loader = DataLoader(
         _Batches(dataset, collate),
         batch_size=None,
         sampler=indices,
         num_workers=min(workers, len(indices)),
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=device is not None and device.type == "cuda",
         worker_init_fn=runtime.serve_parent,
     )
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
-    readers = [child for child in multiprocessing.active_children() if child not in before]
-    waiting, over = {}, threading.Event()
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    awaited, is_over = {}, threading.Event()
 
     def notice(*_):
-        """Raise for a dead worker, whose half-sent batch would be waited for for ever; but never in the middle of a step."""
-        if waiting and not all(reader.is_alive() for reader in readers):
+        """Raise if a worker died, because its half-sent batch would never arrive; but never in the middle of a step."""
+        if awaited and not all(worker.is_alive() for worker in workers):
             raise ChildProcessError(KILLED)
 
-    if readers:
+    if workers:
         signal.signal(signal.SIGCHLD, notice)
-    # No daemon: one that wakes while the interpreter ends aborts it. It ends with the loop or with the main thread.
-    threading.Thread(target=_watch, args=(dataset, waiting, readers, over)).start()
+    # Not a daemon thread: one that wakes during interpreter shutdown aborts it. It ends with the loop or the main thread.
+    threading.Thread(target=_watch, args=(dataset, awaited, workers, is_over)).start()
     try:
         for batch in indices:
-            waiting |= {"batch": batch, "since": time.monotonic(), "due": time.monotonic() + PATIENCE}
+            awaited |= {"batch": batch, "since": time.monotonic(), "due": time.monotonic() + PATIENCE}
             try:
                 read = next(iterator)
-            except RuntimeError as error:  # the loader's own: errors of samples come as batches
+            except RuntimeError as error:  # the loader's own; errors of samples arrive as batches
                 raise ChildProcessError(KILLED) from error
-            waiting.clear()
+            awaited.clear()
             if read.error:
                 raise read.error
             yield read.tensors(device)
     finally:
-        waiting.clear()
-        over.set()
+        awaited.clear()
+        is_over.set()
 
 
 class _Batches(Dataset):
-    """Item `batch` is the batch of the samples with these numbers."""
+    """Item `batch`, a sequence of sample numbers, is the batch of these samples."""
 
     def __init__(self, dataset, collate):
         self.dataset, self.collate = dataset, collate
@@ -87,47 +107,47 @@ class _Batches(Dataset):
 
 
 class _Batch:
-    """A batch, or an error, on its way from a reading process.
+    """A batch, or an error, on its way from a worker process.
 
-    A batch travels as arrays, through a pipe: each tensor would need a file descriptor and room in /dev/shm, of which
-    containers have little. An error travels as its text, without the frames that would keep a loader alive.
+    A batch travels through a pipe as arrays: each tensor would need a file descriptor and room in /dev/shm, and containers
+    have little of either. An error travels as text, because its traceback would keep the loader alive.
     """
 
     def __init__(self, parts, error=None):
-        self.parts, self.error = _each(torch.Tensor, torch.Tensor.numpy, parts), None
+        self.parts, self.error = _map(torch.Tensor, torch.Tensor.numpy, parts), None
         if error is not None:
             kind = next((kind for kind in (MemoryError, OSError, ValueError) if isinstance(error, kind)), None)
             self.error = kind(str(error)) if kind else RuntimeError("".join(traceback.format_exception(error)))
 
-    def pin_memory(self):  # DataLoader calls it, in a thread
-        self.parts = _each(np.ndarray, lambda array: torch.from_numpy(array).pin_memory(), self.parts)
+    def pin_memory(self):  # called by DataLoader, in a thread
+        self.parts = _map(np.ndarray, lambda array: torch.from_numpy(array).pin_memory(), self.parts)
         return self
 
     def tensors(self, device):
-        parts = _each(np.ndarray, torch.from_numpy, self.parts)
-        return parts if device is None else _each(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), parts)
+        parts = _map(np.ndarray, torch.from_numpy, self.parts)
+        return parts if device is None else _map(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), parts)
 
 
-def _each(kind, function, part):
-    """Nested lists and tuples with function(x) in the place of each x of a kind."""
+def _map(kind, function, part):
+    """Nested lists and tuples with function(x) in place of each x of type `kind`."""
     if isinstance(part, (list, tuple)):
-        return [_each(kind, function, inner) for inner in part]
+        return [_map(kind, function, inner) for inner in part]
     return function(part) if isinstance(part, kind) else part
 
 
-def _as_it_is(batch):
+def _identity(batch):
     return batch
 
 
-def _watch(dataset, waiting, readers, over):
-    """Log what is waited for, every PATIENCE seconds. waiting: a batch, since when, and when to say so, or nothing."""
-    while not over.wait(0.5) and threading.main_thread().is_alive():
-        if waiting and not all(reader.is_alive() for reader in readers):  # it died while a step was under way
+def _watch(dataset, awaited, workers, is_over):
+    """Log what is awaited, every PATIENCE seconds. awaited: the batch, since when, and when to log; empty during a step."""
+    while not is_over.wait(0.5) and threading.main_thread().is_alive():
+        if awaited and not all(worker.is_alive() for worker in workers):  # it died during a step
             os.kill(os.getpid(), signal.SIGCHLD)
-        now, late = time.monotonic(), waiting.copy()
+        now, late = time.monotonic(), awaited.copy()
         if late and now > late["due"]:
-            waiting["due"] = now + PATIENCE
-            sets = getattr(dataset, "datasets", [dataset])  # a StackDataset's
-            names = [str(part.frame(i).image) for i in late["batch"] for part in sets]
+            awaited["due"] = now + PATIENCE
+            datasets = getattr(dataset, "datasets", [dataset])  # of a StackDataset
+            names = [str(part.frame(i).image) for i in late["batch"] for part in datasets]
             more = f" or one of {len(names) - 3} more" if names[3:] else ""
             log.error("nothing was read for %.0f s: waiting for %s%s", now - late["since"], ", ".join(names[:3]), more)

@@ -1,34 +1,28 @@
-"""The networks of CLADA: image translator, its discriminator and projection head, task model, feature discriminator.
+"""Networks of CLADA: translator, its discriminator and projection heads; task model and feature discriminator.
 
-Copies alone into other projects: needs torch, and efficientnet-pytorch for the UNet. It is no command.
+Self-contained: depends on torch, and for `UNet` on efficientnet-pytorch. Import it; it is not a script.
 
-    generator = ResnetGenerator()                            # stage 1: G, and the encoder G_enc of the PatchNCE loss
+    generator = ResnetGenerator()                            # stage 1: G; its first half is G_enc of the PatchNCE loss
     image, features = generator(x, return_features=True)     # x: (B, 3, H, W) in [-1, 1]
-    logits = UNet(encoder="efficientnet-b3")(photo)          # stage 3: F; photo: (B, 3, H, W) in [0, 1]
-    generator = load_network("RUN/weights.pt")               # what a finished run leaves
+    logits = UNet(encoder="efficientnet-b3")(photo)          # stages 3 and 4: the task model; photo: (B, 3, H, W) in [0, 1]
+    generator = load_network("RUN/weights.pt")               # the network of a finished run
 
-References: Johnson et al. 2016 and Zhu et al. 2017 (generator), Isola et al. 2017 (PatchGAN), Park et al. 2020 (features
-and projection head), Ronneberger et al. 2015 and Tan and Le 2019 (task model), Hoffman et al. 2018 (feature discriminator).
+In the paper's equations G is `ResnetGenerator`, D `PatchDiscriminator`, H `PatchProjector`. Equations 1 to 3 are in
+losses.py, equation 4 in train_translator.py.
 """
 
-import hashlib
+import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image translation (stage 1)
-
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """Instance norm without affine parameters, fast for one image in channels_last.
-
-    For B = 1 the statistics of batch norm *are* those of instance norm, and its kernel keeps the channels_last layout,
-    where instance norm copies every tensor to the default layout and back.
-    """
+    """Instance norm without affine parameters. For one image, batch norm does the same and need not leave channels_last."""
 
     def forward(self, x):
         if x.shape[0] == 1:
@@ -37,10 +31,10 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 class ReflectPad2d(torch.autograd.Function):
-    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n): F.pad's values, in the memory format of x.
+    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n): same values as F.pad, in the memory format of x.
 
-    CUDA's own kernel returns the default format whatever it gets, which costs a network in channels_last a copy before
-    and after it, and its backward adds with atomics, in no fixed order. Strips of the border are copied here instead.
+    CUDA's own kernel returns the default format, which costs two copies in channels_last, and its backward is not
+    deterministic (atomics). Copying strips of the border avoids both.
     """
 
     @staticmethod
@@ -64,27 +58,22 @@ class ReflectPad2d(torch.autograd.Function):
 
 
 def reflect_pad(x, n):
-    """Mirror n pixels beyond each border, in the precision of x and, where CUDA computes gradients, in its memory format."""
-    if x.device.type == "cpu":  # where autocast would copy to float32 and back, and F.pad is the faster one
-        with torch.autocast("cpu", enabled=False):
-            return F.pad(x, (n,) * 4, "reflect")
-    if torch.is_grad_enabled() and x.requires_grad:
+    """Pad each side of (B, C, H, W) by n mirrored pixels, without changing the dtype."""
+    if x.device.type != "cpu" and torch.is_grad_enabled() and x.requires_grad:
         return ReflectPad2d.apply(x, n)
-    return F.pad(x, (n,) * 4, "reflect")  # one operator, which exports
+    with torch.autocast("cpu", enabled=False):  # autocast would copy to float32 and back
+        return F.pad(x, (n,) * 4, "reflect")  # a single operator, which can be exported
 
 
 class ReflectConv2d(nn.Conv2d):
-    """A convolution that mirrors what it needs beyond the border and keeps the size; kernel_size is odd."""
+    """Convolution with reflection padding that keeps the size of its input; kernel_size is odd."""
 
     def forward(self, x):
         return super().forward(reflect_pad(x, self.kernel_size[0] // 2))
 
 
 class Downsample(nn.Module):
-    """Blur with the binomial kernel (1, 2, 1) / 4 and keep every second pixel: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
-
-    Zhang 2019, "Making convolutional networks shift-invariant again". Output i is centred on input 2i.
-    """
+    """Blur with (1, 2, 1) / 4, keep pixels 0, 2, 4, ...: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)); Zhang 2019."""
 
     def __init__(self, channels):
         super().__init__()
@@ -95,22 +84,23 @@ class Downsample(nn.Module):
         return F.conv2d(reflect_pad(x, 1), self.kernel.to(x.dtype), stride=2, groups=x.shape[1])
 
 
-class Upsample(nn.Module):
-    """The counterpart of `Downsample`: zero insertion and the same blur, (B, C, h, w) -> (B, C, H, W), H in {2h-1, 2h}.
+class UpsampleConv2d(nn.Conv2d):
+    """Insert zeros, blur, convolve: (B, C, h, w) -> (B, out, H, W), H in {2h - 1, 2h}. Output 2i is centred on input i."""
 
-    Output 2i is centred on input i, so that down and up together shift nothing.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        kernel = torch.tensor([1.0, 2.0, 1.0]) / 2  # of the inserted zeros, half are multiplied: each phase sums to one
-        self.register_buffer("kernel", kernel.outer(kernel).expand(channels, 1, 3, 3).clone(), persistent=False)
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        kernel = torch.tensor([1.0, 2.0, 1.0]) / 2  # not / 4: every second pixel under the kernel is an inserted zero
+        self.register_buffer("kernel", kernel.outer(kernel).expand(in_channels, 1, 3, 3).clone(), persistent=False)
 
     def forward(self, x, output_size):
-        x = torch.cat([x, x[..., -1:]], dim=3)  # the last pixel's neighbour on the right, and below
+        x = torch.cat([x, x[..., -1:]], dim=3)  # repeat the last column and row
         x = torch.cat([x, x[..., -1:, :]], dim=2)
         x = F.conv_transpose2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])
-        return x[..., : output_size[0], : output_size[1]]
+        return super().forward(x[..., : output_size[0], : output_size[1]])
+
+
+def norm_relu(channels):
+    return nn.Sequential(InstanceNorm2d(channels), nn.ReLU(inplace=True))
 
 
 class ResnetBlock(nn.Module):
@@ -118,67 +108,46 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.block = nn.Sequential(
-            ReflectConv2d(channels, channels, 3),
-            InstanceNorm2d(channels),
-            nn.ReLU(inplace=True),
-            ReflectConv2d(channels, channels, 3),
-            InstanceNorm2d(channels),
-        )
+        first, second = (ReflectConv2d(channels, channels, 3) for _ in range(2))
+        self.block = nn.Sequential(first, *norm_relu(channels), second, InstanceNorm2d(channels))
 
     def forward(self, x):
         return x + self.block(x)
 
 
 class ResnetGenerator(nn.Module):
-    """The translator G of stage 1 and, in its first half, the encoder G_enc of the PatchNCE loss.
+    """Translator G of stage 1. Its first half is the encoder G_enc of the PatchNCE loss.
 
-    generator(x): (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, H, W) in [-1, 1], for every H, W >= 16.
-    generator(x, return_features=True) -> (image, features), generator.encode(x) -> features: the five layers of Park et
-    al. 2020: the pixels, the outputs of the first and of the second downsampling convolution (before their norm), the
-    outputs of the first and of the fifth residual block. Their channels stand in `feature_channels`.
+    generator(x): (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, H, W) in [-1, 1]; any H, W >= 16, else ValueError.
+    generator(x, return_features=True) -> (image, features); generator.encode(x) -> features. The features are the five
+    layers of Park et al. 2020: the pixels, the outputs of the first and second downsampling convolution (before their
+    norm), the outputs of the first and fifth residual block. `feature_channels` lists their channels.
 
-    Zhu et al. 2017's ResNet generator (c7s1-64, d128, d256, R256 x n_blocks, u128, u64, c7s1-3), instance norm. With
-    `antialias` the strided convolutions become convolutions followed by blurred resampling, as in Park et al. 2020.
+    Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
+    instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
     """
 
     def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False):
         super().__init__()
         if n_blocks < 5:
-            raise ValueError(f"n_blocks is {n_blocks}: the PatchNCE loss reads the fifth residual block, so 5 or more")
-        self.arguments = dict(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            base_channels=base_channels,
-            n_blocks=n_blocks,
-            antialias=antialias,
-        )
+            raise ValueError(f"n_blocks is {n_blocks}: must be 5 or more, because PatchNCE uses the fifth residual block")
+        self.arguments = dict(in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
+                              n_blocks=n_blocks, antialias=antialias)  # fmt: skip
         c = base_channels
         self.feature_channels = (in_channels, 2 * c, 4 * c, 4 * c, 4 * c)
-        stride = 1 if antialias else 2
-
-        def norm_relu(channels):
-            return nn.Sequential(InstanceNorm2d(channels), nn.ReLU(inplace=True))
-
-        # Modules stand in the order in which data passes them.
+        stride, pool = (1, Downsample) if antialias else (2, nn.Identity)
+        upsample = UpsampleConv2d if antialias else partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1)
+        # Modules are created in the order in which data passes through them.
         self.stem = ReflectConv2d(in_channels, c, 7)
         self.stem_norm = norm_relu(c)
         self.down1 = nn.Conv2d(c, 2 * c, 3, stride=stride, padding=1)
-        self.down1_norm = norm_relu(2 * c)
+        self.down1_norm = norm_relu(2 * c).append(pool(2 * c))
         self.down2 = nn.Conv2d(2 * c, 4 * c, 3, stride=stride, padding=1)
-        self.down2_norm = norm_relu(4 * c)
-        self.blocks = nn.ModuleList(ResnetBlock(4 * c) for _ in range(n_blocks))
-        if antialias:
-            self.down1_norm.append(Downsample(2 * c))
-            self.down2_norm.append(Downsample(4 * c))
-            self.blur1, self.blur2 = Upsample(4 * c), Upsample(2 * c)
-            self.up1 = nn.Conv2d(4 * c, 2 * c, 3, padding=1)
-            self.up1_norm = norm_relu(2 * c)
-            self.up2 = nn.Conv2d(2 * c, c, 3, padding=1)
-        else:
-            self.up1 = nn.ConvTranspose2d(4 * c, 2 * c, 3, stride=2, padding=1)
-            self.up1_norm = norm_relu(2 * c)
-            self.up2 = nn.ConvTranspose2d(2 * c, c, 3, stride=2, padding=1)
+        self.down2_norm = norm_relu(4 * c).append(pool(4 * c))
+        self.blocks = nn.Sequential(*(ResnetBlock(4 * c) for _ in range(n_blocks)))
+        self.up1 = upsample(4 * c, 2 * c)
+        self.up1_norm = norm_relu(2 * c)
+        self.up2 = upsample(2 * c, c)
         self.up2_norm = norm_relu(c)
         self.head = ReflectConv2d(c, out_channels, 7)
         init_normal(self)
@@ -186,54 +155,40 @@ class ResnetGenerator(nn.Module):
     def encode(self, x):
         """(B, in_channels, H, W) -> the five feature maps; stops after the fifth residual block."""
         if min(x.shape[-2:]) < 16:
-            raise ValueError(f"the generator takes images of 16x16 or more, not {x.shape[-2]}x{x.shape[-1]}")
-        down1 = self.down1(self.stem_norm(self.stem(x)))  # (B, 2c, H/2, W/2), with antialias (B, 2c, H, W)
-        down2 = self.down2(self.down1_norm(down1))  # (B, 4c, H/4, W/4), with antialias (B, 4c, H/2, W/2)
+            raise ValueError(f"image is {x.shape[-2]}x{x.shape[-1]}: the generator needs at least 16x16")
+        down1 = self.down1(self.stem_norm(self.stem(x)))  # (B, 2c, H/2, W/2); with antialias (B, 2c, H, W)
+        down2 = self.down2(self.down1_norm(down1))  # (B, 4c, H/4, W/4); with antialias (B, 4c, H/2, W/2)
         block1 = self.blocks[0](self.down2_norm(down2))  # (B, 4c, H/4, W/4)
-        block5 = block1
-        for block in self.blocks[1:5]:
-            block5 = block(block5)
-        return [x, down1, down2, block1, block5]
+        return [x, down1, down2, block1, self.blocks[1:5](block1)]
 
     def decode(self, features):
-        """The five feature maps -> the image; the second half of the generator, of which only the last map is read."""
-        x = features[-1]
-        for block in self.blocks[5:]:
-            x = block(x)
-        # The output sizes undo the rounding of odd sizes, which a fixed output padding would shift or crop.
+        """The five feature maps -> image. Only the last map is used, and the size of the first."""
         height, width = features[0].shape[-2:]
-        full, half = (height, width), ((height + 1) // 2, (width + 1) // 2)
-        if self.arguments["antialias"]:
-            x = self.up1_norm(self.up1(self.blur1(x, half)))
-            x = self.up2_norm(self.up2(self.blur2(x, full)))
-        else:
-            x = self.up1_norm(self.up1(x, output_size=half))
-            x = self.up2_norm(self.up2(x, output_size=full))
+        x = self.blocks[5:](features[-1])
+        # Explicit output sizes: with a fixed output padding, odd sizes would come out shifted or cropped.
+        x = self.up1_norm(self.up1(x, output_size=((height + 1) // 2, (width + 1) // 2)))
+        x = self.up2_norm(self.up2(x, output_size=(height, width)))
         return torch.tanh(self.head(x))
 
     def forward(self, x, return_features=False):
         features = self.encode(x)
-        image = self.decode(features)
-        return (image, features) if return_features else image
+        return (self.decode(features), features) if return_features else self.decode(features)
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN of Isola et al. 2017: (B, in_channels, H, W) in [-1, 1] -> (B, 1, h, w) logits, one for a 70x70 patch each.
+    """PatchGAN of Isola et al. 2017: (B, in_channels, H, W) in [-1, 1] -> (B, 1, h, w), one logit per overlapping patch.
 
-    70 pixels is the receptive field at n_layers = 3: C64-C128-C256-C512, 4x4 convolutions, instance norm but on the first.
+    C64-C128-C256-C512, 4x4 convolutions, no norm on the first. With n_layers = 3 a patch has 70x70 pixels.
     """
 
     def __init__(self, in_channels=3, base_channels=64, n_layers=3, antialias=False):
         super().__init__()
         layers, channels = [], in_channels
         for n in range(n_layers + 1):
-            out, strided = base_channels * min(2**n, 8), n < n_layers
-            layers.append(nn.Conv2d(channels, out, 4, stride=2 if strided and not antialias else 1, padding=1))
-            if n > 0:
-                layers.append(InstanceNorm2d(out))
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
-            if strided and antialias:
-                layers.append(Downsample(out))
+            out, stride = base_channels * min(2**n, 8), 2 if n < n_layers else 1
+            layers.append(nn.Conv2d(channels, out, 4, stride=1 if antialias else stride, padding=1))
+            layers += [InstanceNorm2d(out)] * (n > 0) + [nn.LeakyReLU(0.2, inplace=True)]
+            layers += [Downsample(out)] * (antialias and stride == 2)
             channels = out
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
         init_normal(self)
@@ -243,62 +198,49 @@ class PatchDiscriminator(nn.Module):
 
 
 class PatchProjector(nn.Module):
-    """The projection heads H_l of the PatchNCE loss: a two-layer MLP a feature layer, output of unit length.
+    """Projection heads H_l of the PatchNCE loss: one two-layer MLP per feature layer; unit-length outputs.
 
-    channels: the channels of each layer (`ResnetGenerator.feature_channels`).
-    projector(features, locations): L maps (B, C_l, H_l, W_l) and L index vectors (S_l,) -> L tensors (B, S_l, width).
-    Built at once, not at the first batch as in the published code, so that a checkpoint and an optimiser hold it whole.
+    channels: number of channels per layer, e.g. `ResnetGenerator.feature_channels`.
+    projector(features, locations): L maps (B, C_l, H_l, W_l), L index vectors (S_l,) -> L tensors (B, S_l, width), float32
+    or higher. The heads are built here, not at the first batch, so that optimisers and checkpoints include them.
     """
 
     def __init__(self, channels, width=256):
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, width), nn.ReLU(inplace=True), nn.Linear(width, width)) for c in channels
-        )
+        mlps = (nn.Sequential(nn.Linear(c, width), nn.ReLU(inplace=True), nn.Linear(width, width)) for c in channels)
+        self.heads = nn.ModuleList(mlps)
         init_normal(self)
 
     def forward(self, features, locations):
         vectors = []
         for head, feature, location in zip(self.heads, features, locations, strict=True):
-            # (B, C, H, W) -> (B, H*W, C) -> (B, S, C); in channels_last the permutation costs nothing
-            patches = feature.permute(0, 2, 3, 1).flatten(1, 2)[:, location]
-            vectors.append(F.normalize(promoted(head(patches)), dim=-1))
+            # (B, C, H, W) -> (B, H*W, C) -> (B, S, C); in channels_last the permutation does not copy
+            vector = head(feature.permute(0, 2, 3, 1).flatten(1, 2)[:, location])
+            vector = vector.to(torch.promote_types(vector.dtype, torch.float32))  # half precision is too coarse for the loss
+            vectors.append(F.normalize(vector, dim=-1))
         return vectors
 
 
-def promoted(x):
-    """In float32 at least: fp16 and bf16 cannot resolve what follows."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def sample_locations(features, num_patches):
-    """Draw the S_l locations a layer at which patches are compared, without replacement, from torch's global generator.
-
-    L maps (B, C_l, H_l, W_l) -> L index vectors into H_l * W_l, of min(num_patches, H_l * W_l) entries each.
-    """
+    """L maps (B, C_l, H_l, W_l) -> L random vectors of min(num_patches, H_l * W_l) distinct indices into the positions."""
     return [torch.randperm(f.shape[-2] * f.shape[-1], device=f.device)[:num_patches] for f in features]
 
 
-def init_normal(network, deviation=0.02):
-    """Weights from N(0, 0.02^2) and zero biases, as Zhu et al. 2017 start every translation network."""
+def init_normal(network):
+    """Draw weights from N(0, 0.02^2) and set biases to zero, as Zhu et al. 2017."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.normal_(module.weight, 0.0, deviation)
+            nn.init.normal_(module.weight, 0.0, 0.02)
             nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Semantic segmentation (stages 3 and 4)
-
-
 class UNet(nn.Module):
-    """The task model F: a U-Net over an EfficientNet encoder, (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits.
+    """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32.
 
-    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded from where the
-    efficientnet-pytorch package has them) or the path of a file in that package's format. Any H, W from 32 up.
-    unet(x, return_features=True) -> (logits, features): a dict of the ten intermediate maps, "encoder1" (stride 2) to
-    "encoder5" (stride 32) and "decoder1" (stride 16) to "decoder5" (stride 1); their channels: `feature_channels`.
-    ImageNet's normalisation happens inside, so that a saved model takes plain [0, 1] images.
+    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded from the address
+    that efficientnet-pytorch uses), or the path of a file in the format of that package. ValueError if they do not load.
+    unet(x, return_features=True) -> (logits, features), a dict of ten maps: "encoder1" (stride 2) to "encoder5" (stride
+    32), "decoder1" (stride 16) to "decoder5" (stride 1); channels in `feature_channels`. ImageNet's normalisation is built in.
     """
 
     DECODER_CHANNELS = (256, 128, 64, 32, 16)
@@ -310,30 +252,30 @@ class UNet(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         self.encoder = efficientnet(encoder, encoder_weights)
         self.encoder_frozen = False
-
         blocks = self.encoder._blocks
         self.strided = [i for i, block in enumerate(blocks) if block._depthwise_conv.stride == (2, 2)]
-        ends = [*(i - 1 for i in self.strided), len(blocks) - 1]  # the last block before each halving, and the last
-        skips = [blocks[i]._project_conv.out_channels for i in ends]  # at strides 2, 4, 8, 16, 32
+        skips = [blocks[i - 1]._project_conv.out_channels for i in (*self.strided, len(blocks))]  # at strides 2, 4, 8, 16, 32
         self.decoder = nn.ModuleList()
         channels = skips[-1]
         for skip, out in zip([*skips[-2::-1], 0], self.DECODER_CHANNELS, strict=True):
-            self.decoder.append(nn.Sequential(*conv_bn_relu(channels + skip, out), *conv_bn_relu(out, out)))
+            layers = []
+            for c in (channels + skip, out):  # no bias: BatchNorm would cancel it
+                layers += [nn.Conv2d(c, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+            self.decoder.append(nn.Sequential(*layers))
             channels = out
         self.head = nn.Conv2d(channels, num_classes, 1)
         self.feature_channels = {f"encoder{i}": c for i, c in enumerate(skips, 1)}
         self.feature_channels |= {f"decoder{i}": c for i, c in enumerate(self.DECODER_CHANNELS, 1)}
 
     def freeze_encoder(self, frozen=True):
-        """No gradients for the encoder and, whatever train() says, fixed BatchNorm statistics; or the contrary."""
+        """Freeze or unfreeze the encoder; while frozen, its BatchNorm stays in eval mode."""
         self.encoder_frozen = frozen
         self.encoder.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode=True):
         super().train(mode)
-        if self.encoder_frozen:
-            self.encoder.eval()
+        self.encoder.train(mode and not self.encoder_frozen)
         return self
 
     def encode(self, x):
@@ -344,7 +286,7 @@ class UNet(nn.Module):
         for i, block in enumerate(net._blocks):
             if i in self.strided:
                 maps.append(x)
-            # Drop-connect grows linearly with depth (Tan and Le 2019); the block applies it in training mode only.
+            # Drop-connect grows linearly with depth (Tan and Le 2019). The block applies it only in training mode.
             x = block(x, drop_connect_rate=net._global_params.drop_connect_rate * i / len(net._blocks))
         return [*maps, x]
 
@@ -355,37 +297,29 @@ class UNet(nn.Module):
         x = maps.pop()
         for i, block in enumerate(self.decoder, 1):
             skip = maps.pop() if maps else None
-            with torch.autocast(x.device.type, enabled=False):  # which would copy pixels in float32
-                x = F.interpolate(x, size if skip is None else skip.shape[-2:])  # nearest, to the skip's size: odd ones fit
+            with torch.autocast(x.device.type, enabled=False):  # autocast would copy to float32
+                x = F.interpolate(x, size if skip is None else skip.shape[-2:])  # nearest; to the skip's size, which may be odd
             x = block(x if skip is None else torch.cat([x, skip], dim=1))
             features[f"decoder{i}"] = x
         logits = self.head(x)
         return (logits, features) if return_features else logits
 
 
-def conv_bn_relu(in_channels, out_channels):
-    """The three modules of which the decoder is made; no bias before a batch norm."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
-
-
 class DepthwiseConv2d(nn.Conv2d):
-    """EfficientNet's depthwise convolution, (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), stride 1 or 2.
+    """Depthwise convolution of EfficientNet, (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), stride 1 or 2.
 
-    Padded as TensorFlow pads. A CPU computes it in float32 under autocast, too: in bf16 the weight gradient of a 5x5 kernel
-    takes four to nine times as long (torch 2.14, AVX-512 with AMX), forward the two are alike.
+    Padded as in TensorFlow. On a CPU it runs in float32 even under autocast: in bf16 the weight gradient of a 5x5 kernel
+    takes four to nine times as long (torch 2.14, AVX-512 with AMX), and the forward pass is no faster.
     """
 
     def __init__(self, channels, kernel_size, stride):
-        # At stride 1, half the kernel on each side: the convolution pads without a copy.
-        super().__init__(
-            channels, channels, kernel_size, stride, kernel_size // 2 if stride == 1 else 0, groups=channels, bias=False
-        )
+        padding = kernel_size // 2 if stride == 1 else 0  # with stride 1 the padding is symmetric: no separate copy
+        super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=False)
 
     def forward(self, x):
-        if self.stride[0] == 2:  # by the size at hand: kernel_size - 2 for an even one, the odd pixel right and below
+        if self.stride[0] == 2:  # pad by kernel_size - 2 in all, plus 1 if the size is odd; an odd pixel goes right or below
             sums = [self.kernel_size[0] - 2 + size % 2 for size in (x.shape[-1], x.shape[-2])]
-            x = F.pad(x, [side for both in sums for side in (both // 2, both - both // 2)])
+            x = F.pad(x, [side for total in sums for side in (total // 2, total - total // 2)])
         if x.device.type != "cpu":
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -393,124 +327,74 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def efficientnet(name, weights=None):
-    """The efficientnet-pytorch network `name` without its classification head; weights as in `UNet`.
-
-    Raises ValueError for a name that is none of efficientnet-b0 to -b7, and for weights that cannot be had or do not fit.
-    """
+    """The efficientnet-pytorch network `name` without its classification head; weights and ValueError as for `UNet`."""
     from efficientnet_pytorch import EfficientNet
     from efficientnet_pytorch.utils import url_map
 
     if name not in url_map:
-        raise ValueError(f"encoder {name!r} is unknown: efficientnet-b0 to efficientnet-b7")
-    # image_size=None: pad for the size at hand. By default the package pads for the one size a variant was trained at,
-    # which shifts the features of all others.
-    # batch_norm_momentum=0.9: running statistics move by 10% a step, as torch has it. The package's 1% suits 300k steps of
-    # ImageNet; after a short training they lag so far behind that evaluation sees another network.
-    options = {"image_size": None, "batch_norm_momentum": 0.9}
-    network = EfficientNet.from_name(name, **options)
+        raise ValueError(f"encoder {name!r}: unknown; choose efficientnet-b0 to efficientnet-b7")
+    # image_size=None: pad for the size of the input. The package pads for ImageNet's size, which shifts features at others.
+    # batch_norm_momentum=0.9: running statistics move by 10% per step, torch's default. With the package's 1%, evaluation
+    # after a short training would use outdated statistics.
+    network = EfficientNet.from_name(name, image_size=None, batch_norm_momentum=0.9)
     if weights is not None:
-        state = _download(url_map[name]) if weights == "imagenet" else _read_weights(weights)
+        load, source = partial(torch.load, weights), weights
+        if weights == "imagenet":
+            load = partial(torch.hub.load_state_dict_from_url, url_map[name], check_hash=True, progress=sys.stderr.isatty())
+            source = f"{url_map[name]} (kept in {torch.hub.get_dir()})"
         try:
-            network.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(f"encoder weights {weights}: not a state_dict of {name}") from error
+            network.load_state_dict(load(map_location="cpu", weights_only=True))
+        except Exception as error:  # no connection, a wrong hash, a damaged file, a file of another network
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise ValueError(
+                f"{name}: cannot load {source} ({reason}); pass efficientnet-pytorch's weights as --encoder-weights FILE"
+            ) from error
     for block in network._blocks:
         conv = block._depthwise_conv
         block._depthwise_conv = DepthwiseConv2d(conv.in_channels, conv.kernel_size[0], conv.stride[0])
         block._depthwise_conv.weight = conv.weight
-    network.set_swish(memory_efficient=False)  # torch's own SiLU: faster, at the price of one stored activation a layer
-    del network._conv_head, network._bn1, network._avg_pooling, network._dropout, network._fc  # the U-Net ends before
+    network.set_swish(memory_efficient=False)  # torch's SiLU: faster, but stores one more activation per layer
+    del network._conv_head, network._bn1, network._avg_pooling, network._dropout, network._fc  # unused by the U-Net
     return network
 
 
-def _download(url):
-    """The weights at an address whose file name ends in the start of their sha256, kept in torch.hub's folder."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    try:
-        if path.parts[0] == "~":
-            raise OSError("there is no home folder for it: set TORCH_HOME")
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    except OSError as error:
-        raise ValueError(
-            f"the ImageNet weights could not be downloaded ({error}): fetch {url} elsewhere and pass --encoder-weights FILE, "
-            "or --encoder-weights none"
-        ) from error
-    expected, found = path.stem.rpartition("-")[2], hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(expected):
-        raise ValueError(
-            f"{path}: its sha256 begins with {found[:8]}, not {expected}: a damaged or foreign file? Remove it to have it "
-            "downloaded again, or, to trust it as it is, pass it as --encoder-weights"
-        )
-    return _read_weights(path)
-
-
-def _read_weights(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"encoder weights {path}: {error.strerror or error}") from error
-    except Exception as error:  # torch.load raises a dozen kinds for a file that is something else
-        raise ValueError(f"encoder weights {path}: not a file that torch.load(weights_only=True) reads") from error
-
-
 class FeatureDiscriminator(nn.Module):
-    """D_feat of stage 4: (B, in_channels, h, w) features -> (B, 1, h, w) logits, positive for translated source.
-
-    Three 1x1 convolutions, as Hoffman et al. 2018: each location is judged by its embedding alone.
-    """
+    """D_feat (stage 4, Hoffman et al. 2018): (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source."""
 
     def __init__(self, in_channels, width=256):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, width, 1),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, width, 1),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, 1, 1),
-        )
+        relu = nn.LeakyReLU(0.2, inplace=True)
+        first, second = nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, width, 1)
+        self.layers = nn.Sequential(first, relu, second, relu, nn.Conv2d(width, 1, 1))
 
     def forward(self, x):
         return self.layers(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def network_state(network):
-    """What weights.pt holds of a ResnetGenerator or a UNet: class, arguments and state_dict, nothing but plain data."""
-    return {"network": type(network).__name__, "arguments": network.arguments, "state_dict": network.state_dict()}
+def network_state(network, width=None):
+    """Content of weights.pt for a ResnetGenerator or a UNet. width: of the frames that it was trained on, in pixels."""
+    return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), width=width)
 
 
 def load_network(path, expected=None, device="cpu"):
-    """Read a network that `network_state` describes from a file; it comes in evaluation mode.
+    """Load the network of a weights.pt in eval mode; network.width is the width in pixels of its training frames.
 
-    expected: the class it must be, ResnetGenerator or UNet. Raises ValueError naming the file where it is another or no
-    network at all, OSError where it cannot be read. Nothing in the file is executed (`weights_only`).
+    expected: ResnetGenerator or UNet, if the file must hold that class. Raises OSError if the file cannot be read, and
+    ValueError naming it if it holds another class, no network or no width. Never executes code from it (`weights_only`).
     """
     with open(path, "rb") as file:
         try:
-            saved = torch.load(file, map_location=device, weights_only=True)
-            network_class = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]]
-            if expected in (None, network_class):
-                _check_arguments(network_class, saved["arguments"], saved["state_dict"])
-                network = network_class(**saved["arguments"])
-                network.load_state_dict(saved["state_dict"])
-        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            network = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]](**saved["arguments"])
+            network.load_state_dict(saved["state_dict"])
+        except Exception as error:  # a damaged file can raise any type
             raise ValueError(f"{path}: not the weights.pt of a finished run ({type(error).__name__})") from error
-    if expected not in (None, network_class):
-        raise ValueError(f"{path}: holds a {saved['network']}, where a {expected.__name__} is needed")
+    if expected is not None and not isinstance(network, expected):
+        raise ValueError(f"{path}: holds a {type(network).__name__}, where a {expected.__name__} is needed")
+    network.width = saved.get("width")
+    if network.width is None:  # weights.pt of older versions
+        try:
+            network.width = int(json.loads(Path(path).with_name("args.json").read_text())["width"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: holds no training width, and neither does an args.json in its folder") from error
     return network.to(device).eval()
-
-
-def _check_arguments(network_class, arguments, state):
-    """Arguments from a file are those of `network_state` and fit its weights, before a network is built by them."""
-    if network_class is UNet:
-        names, fit = {"num_classes", "encoder"}, len(state["head.weight"]) == arguments["num_classes"]
-    else:
-        names = {"in_channels", "out_channels", "base_channels", "n_blocks", "antialias"}
-        n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        fit = (len(state["stem.weight"]), n_blocks) == (arguments["base_channels"], arguments["n_blocks"])
-    if arguments.keys() != names or not fit:
-        raise ValueError("arguments and weights do not fit")

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # The whole method: data, the four stages, the baselines, tables 1 to 3 and figures 3 and 4.
 #
-#   bash run_all.sh                                        # a drawn pair of domains, minutes, no GPU needed
+#   bash run_all.sh                                        # two synthetic domains, minutes, no GPU needed
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
 #   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's small networks and short training on them
 #   bash run_all.sh test                                   # the tests
 #
-# Run again, it skips what is finished and goes on with what is not. Variables, all optional:
+# Run again, it skips what is finished and resumes what is not. Variables, all optional:
 #   SETTINGS           paper or demo (demo without SOURCE and TARGET, paper with them)
 #   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/small)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
 #   SEED               (0)
-#   ITERATIONS_SCALE   one factor over every iteration count, to try everything (with an OUT of its own) (1)
-#   NPROC              processes a stage, by torchrun: one a GPU; batch sizes are per process (1)
+#   ITERATIONS_SCALE   factor on every iteration count, for a trial run (with an OUT of its own) (1)
+#   NPROC              processes per stage, by torchrun, one per GPU; batch sizes are per process (1)
 #   CACHE              folder for resized frames, which decode faster (paper: OUT/frames, 1 MiB per frame; empty: none)
-#   EXCLUDE            a file with names of frames to leave out, one per line
+#   EXCLUDE            file with names of frames to leave out, one per line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; paper: published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage, quoted as in a shell
-#   PYTHON             the Python to use as it is, without any set-up
+#   PYTHON             the Python to use, without any set-up
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
 set -euo pipefail
 HERE=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -25,12 +25,12 @@ HERE=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
 title() { printf '\n== %s\n' "$*"; }
-[ -f "$HERE/train_translator.py" ] || fail "its scripts are neither beside it nor in $PWD: call it in the repository's folder"
+[ -f "$HERE/train_translator.py" ] || fail "its scripts are neither in its own folder nor in $PWD: run it from the repository"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up: the active Python if it has the requirements, else .venv beside this file.
 
-has_requirements() { # PYTHON FILE...: is every package there, in a version that fits? A newer torch does, too.
+has_requirements() { # PYTHON FILE...: is every package installed, in a version that fits? A newer torch does, too.
     "$1" - "${@:2}" 2>/dev/null <<'END'
 import re, sys
 from importlib.metadata import version
@@ -93,7 +93,7 @@ case $SETTINGS in
         adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
         readers=(--workers 0)
         ;;
-    paper) # every setting is the scripts' default; CLADA goes on from FastCUT-L5's task model
+    paper) # every setting is the scripts' default; CLADA starts from FastCUT-L5's task model
         FID_WEIGHTS=${FID_WEIGHTS:-published}
         translate=400000 segment=120000 adapt=20000 start=fastcut_l5
         common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
@@ -107,7 +107,7 @@ if [ -n "${EXCLUDE:-}" ]; then
     [ -f "$EXCLUDE" ] || fail "EXCLUDE is $EXCLUDE: no such file"
     exclude=(--exclude "$EXCLUDE") common+=(--exclude "$EXCLUDE")
 fi
-split() { # NAME TEXT: words, of which quotes may hold spaces together, appended to an array
+split() { # NAME TEXT: append the words of TEXT, which may be quoted, to an array
     local -n array=$1
     [ -n "$2" ] || return 0
     command -v xargs >/dev/null || fail "xargs is missing; on Debian and Ubuntu: apt install findutils"
@@ -119,14 +119,14 @@ split translator "${TRANSLATOR_ARGS:-}"
 split segmenter "${SEGMENTER_ARGS:-}"
 split adapter "${ADAPT_ARGS:-}"
 
-# A script runs beside this one, which waits: so a signal is passed on at once, and the script can save its work.
+# Scripts run in the background, so that a signal is passed on at once and they can save their work.
 run() {
     "$PYTHON" "$HERE/$1" "${@:2}" &
     wait $!
 }
 run_on_all() { # the same in NPROC processes
     if [ "$NPROC" = 1 ]; then run "$@"; return; fi
-    # The address, since a container's host name need not resolve.
+    # An address, because a container's host name may not resolve.
     "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" "$HERE/$1" "${@:2}" &
     wait $!
 }
@@ -139,6 +139,9 @@ stop() { # EXIT_STATUS
 trap 'stop 143' TERM
 trap 'stop 130' INT
 trap 'stop 129' HUP
+# glibc then keeps freed memory instead of returning it to the kernel and taking it back, cleared, for the next tensor.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:--1}
+
 name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; esac; }
 photos_of() { if [ -d "$1/images" ]; then echo "$1/images"; else echo "$1/leftImg8bit/train"; fi; }
 
@@ -156,11 +159,11 @@ adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
 }
 evaluate() { # MODEL NAME
     run_on_all evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
-        --out "$OUT/results/table2.csv" --skip-done "${readers[@]}" "${exclude[@]}"
+        --skip-done "${readers[@]}" "${exclude[@]}"
 }
-distance() { # MODEL FOLDER
-    run_on_all fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" \
-        --name "$1" --out "$OUT/results/distances.csv" "${readers[@]}" "${exclude[@]}"
+distance() { # NAME FOLDER
+    run fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" \
+        --out "$OUT/distances/$1.json" "${readers[@]}" "${exclude[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,21 +175,20 @@ if [ -n "${SOURCE:-}" ]; then
     SOURCE=$(realpath -m -- "$SOURCE") TARGET=$(realpath -m -- "$TARGET")
     case $OUT/ in "$SOURCE"/* | "$TARGET"/*) fail "OUT=$OUT: lies inside SOURCE or TARGET, which are only read" ;; esac
 fi
-mkdir -p "$OUT/results" "$OUT/statistics"
+mkdir -p "$OUT"
 if [ -z "${SOURCE:-}" ]; then
-    title "Stage 0: two domains are drawn"
+    title "Stage 0: draw two synthetic domains"
     run demo/make_demo_data.py "$OUT/data" --seed "$SEED" --source-count 160 --target-count 100 --val-count 40
     SOURCE=$OUT/data/source TARGET=$OUT/data/target
 else
-    title "Preflight: data, weights and disk, before anything long starts"
+    title "Preflight: check data, weights and disk"
     run data.py "$TARGET" --split val "${exclude[@]}"
     [ -d "$TARGET/leftImg8bit/val" ] || fail "TARGET=$TARGET: no leftImg8bit/val there, which the evaluation needs"
     for method in $METHODS; do train_translator "$method" --check; done
     train_segmenter source_only "$SOURCE" $segment --check
     train_segmenter oracle "$TARGET" $segment --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
-    run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check \
-        --name Source --out "$OUT/results/distances.csv" "${exclude[@]}"
+    run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
     # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
     count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
     frames=$(count "$(photos_of "$SOURCE")") kept=0 free=$(df --output=avail -m "$OUT" | tail -n 1)
@@ -205,8 +207,8 @@ evaluate "Source Only" source_only
 title "Stage 3: Oracle, the upper bound"
 train_segmenter oracle "$TARGET" $segment
 evaluate Oracle oracle
-title "Distance of the source's frames to the target's"
-distance Source "$(photos_of "$SOURCE")"
+title "Distance of source and target"
+distance source "$(photos_of "$SOURCE")"
 
 for method in $METHODS; do
     model=$(name_of "$method")
@@ -215,7 +217,7 @@ for method in $METHODS; do
     title "Stage 2: the source set through $model"
     run_on_all translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
         "${readers[@]}" "${exclude[@]}"
-    distance "$model" "$OUT/translated/$method/images"
+    distance "$method" "$OUT/translated/$method/images"
     title "Stage 3: the task model on $model's translations"
     train_segmenter "$method" "$OUT/translated/$method" $segment
     evaluate "$model" "$method"
@@ -223,7 +225,7 @@ done
 
 if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
     if [ $start != fastcut_l5 ]; then
-        title "Stage 3: the task model that CLADA starts from, shorter by the steps of stage 4"
+        title "Stage 3: the task model that CLADA starts from, without the steps of stage 4"
         train_segmenter $start "$OUT/translated/fastcut_l5" $((segment - adapt))
     fi
     title "Stage 4: CLADA, the task model on FastCUT-L5's translations fine-tuned against a feature discriminator"
@@ -233,8 +235,8 @@ if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
     adapt_features control --adversarial-weight 0
     evaluate control control
 else
-    title "Stage 4 left out: CLADA starts from fastcut_l5, which METHODS ($METHODS) leaves out"
+    title "Stage 4 left out: it needs fastcut_l5, which is not among METHODS ($METHODS)"
 fi
 
 title "Tables and figures, in $OUT/results"
-run evaluate.py --report "$OUT"
+run report.py "$OUT"

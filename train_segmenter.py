@@ -1,4 +1,4 @@
-"""Stage 3 of CLADA: train the task model F, a U-Net over EfficientNet, on one labelled data set.
+"""Stage 3 of CLADA: train the task model, a U-Net over EfficientNet, on one labelled data set.
 
     python train_segmenter.py --data gta5 --out runs/source_only                       # Source Only
     python train_segmenter.py --data translated/fastcut_l5 --out runs/fastcut_l5       # one per translated set
@@ -6,7 +6,7 @@
 
 Defaults are the paper's: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, Adam at 2e-4, a twentieth of it for the
 last third, the encoder frozen for the first third; pixel-wise cross entropy ignoring void, width 1024, crops of 512x512.
-An unfinished run is resumed by the same command.
+The same command resumes an unfinished run.
 """
 
 import torch
@@ -14,31 +14,28 @@ import torch
 import data
 import files
 import models
-import optimization
 import runtime
 import training
 from losses import segmentation_loss
+from optimization import GraphedStep, adam, backward_and_step, set_learning_rate, synchronise_batchnorm
 
 
 def parse_args(words=None):
-    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
+    parser = runtime.parser(__doc__)
     parser.add_argument(
         "--data", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
     )
     parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
     parser.add_argument("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
     parser.add_argument(
-        "--encoder-weights",
-        default="imagenet",
-        metavar="{imagenet,none,FILE}",
-        help="initial weights (default imagenet)",
+        "--encoder-weights", default="imagenet", metavar="{imagenet,none,FILE}", help="initial weights (default imagenet)"
     )
     parser.add_argument(
         "--freeze-iterations",
         type=runtime.count,
-        help="steps with a frozen encoder (default: a third of all, none if its weights are random)",
+        help="steps with a frozen encoder (default: a third of all, 0 if its weights are random)",
     )
-    runtime.add_training_arguments(parser, iterations=120_000, batch_size=8, crop_size="512", lr=2e-4)
+    training.add_arguments(parser, iterations=120_000, batch_size=8, crop_size="512", lr=2e-4)
     args = parser.parse_args(words)
     if args.freeze_iterations is None:
         args.freeze_iterations = 0 if args.encoder_weights == "none" else args.iterations // 3
@@ -46,16 +43,16 @@ def parse_args(words=None):
 
 
 def learning_rate(iteration, iterations, base):
-    """The paper's step: 2e-4, then 1e-5 for the last third (40k of 120k)."""
+    """The paper's schedule: 2e-4, then 1e-5 for the last third (40k of 120k)."""
     return base if 3 * iteration < 2 * iterations else base / 20
 
 
 def training_step(segmenter, optimizer, images, labels, autocast):
-    """Cross entropy over the pixels that are not void. images (B, 3, H, W) in [0, 1], labels (B, H, W) train ids."""
+    """Cross entropy over the pixels that are not void. images: (B, 3, H, W) in [0, 1]; labels: (B, H, W) train ids."""
     with autocast:
         logits = segmenter(images)
     loss = segmentation_loss(logits, labels)
-    optimization.backward_and_step(optimizer, loss)
+    backward_and_step(optimizer, loss)
     return logits, loss
 
 
@@ -69,32 +66,33 @@ def main():
         return
     data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
-    segmenter = optimization.synchronise_batchnorm(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
+    segmenter = synchronise_batchnorm(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
+    if args.check:  # after the encoder's weights have been found
+        run.print_check()
+        return
     segmenter.to(run.device, memory_format=torch.channels_last).train()
-    optimizer = optimization.adam(segmenter.parameters(), lr=args.lr)
+    optimizer = adam(segmenter.parameters(), lr=args.lr)
     run.restore(segmenter=segmenter, optimizer=optimizer)
-
-    dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
     autocast = runtime.autocast(run.device, args.precision)
 
     def step(images, labels):
         return training_step(segmenter, optimizer, images, labels, autocast)
 
-    graphed = optimization.GraphedStep(step, run.device)
+    dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
+    graphed_step = GraphedStep(step, run.device)
     for iteration, (images, labels) in run.iterations(dataset):
-        frozen = iteration < args.freeze_iterations
-        if segmenter.encoder_frozen != frozen:
-            segmenter.freeze_encoder(frozen)
-            graphed = optimization.GraphedStep(step, run.device)
+        is_frozen = iteration < args.freeze_iterations
+        if segmenter.encoder_frozen != is_frozen:
+            segmenter.freeze_encoder(is_frozen)
+            graphed_step = GraphedStep(step, run.device)
             run.warm_up()
         lr = learning_rate(iteration, args.iterations, args.lr)
-        optimization.set_learning_rate(optimizer, lr)
+        set_learning_rate(optimizer, lr)
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
-        logits, loss = graphed(images, labels)
-        run.log({"loss": loss}, lr=lr)
-        if run.saves_next:
-            run.save_grid(images, *(data.colourise(ids.cpu()) / 255 for ids in (logits.argmax(1), labels)))
-    run.finish(models.network_state(segmenter))
+        logits, loss = graphed_step(images, labels)
+        colours = lambda: [data.colourise(ids.cpu()) / 255 for ids in (logits.argmax(1), labels)]  # noqa: B023, E731
+        run.log({"loss": loss}, grid=lambda: [images, *colours()], lr=lr)  # noqa: B023 - called at once
+    run.finish(models.network_state(segmenter, args.width))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What every trainer is written around: its run directory and the loop that fills it.
+"""Shared by all trainers: the run directory and the training loop.
 
-    run = Run(args)                                    # opens --out, resolves --device and --precision
-    run.restore(generator=generator, ...)              # names all that a checkpoint holds, and loads it if there is one
-    for iteration, batch in run.iterations(dataset):   # goes on where the last checkpoint was
+    run = Run(args)                                    # resolves --device and --precision, reads what --out holds
+    if run.is_finished(source=frames): ...             # compares arguments and data with those of the run
+    run.restore(generator=generator, ...)              # names the parts of a checkpoint, and loads it if there is one
+    for iteration, batch in run.iterations(dataset):   # resumes after the last checkpoint
         run.log(losses, lr=lr)
-    run.finish(models.network_state(generator))        # weights.pt and summary.json
+    run.finish(models.network_state(generator, args.width))    # weights.pt and summary.json
 
-What iteration k computes depends on --seed and k alone: samples are numbered by iteration, and torch's generator is seeded
-anew at each, so that no state of a generator needs saving.
+What iteration k computes depends only on --seed and k: samples are numbered by iteration, and torch's generator is seeded
+at every iteration. No generator state needs saving.
 """
 
 import contextlib
@@ -15,12 +16,9 @@ import io
 import json
 import logging
 import os
-import re
-import shutil
 import signal
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,117 +35,120 @@ import runtime
 
 log = logging.getLogger("training")
 
-# Arguments that may differ when a run is resumed, since they do not change what it computes. Where data and weights lie is
-# among them: what they hold is compared.
-FREE_ARGUMENTS = set("out device deterministic workers cache log_every save_every check restart exclude".split())
+# Arguments that may differ when a run is resumed, because they do not change what it computes. Paths of data and weights
+# are among them: their content is compared.
+FREE_ARGUMENTS = set("version out device deterministic workers cache log_every save_every check exclude".split())
 FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
-FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # but once finished: see is_finished
+FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # until finished: see is_finished
 
 
-def _quoted(value):
-    """What a file holds, and may be anything, as a part of a message."""
-    text = files.printable(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _described(key):
-    """What an entry of args.json is to the user: a flag, or what was found behind one."""
-    what, _, name = key.rpartition("_of_")
-    return (f"{what} of --" if what else "--") + name.replace("_", "-")
+def add_arguments(parser, iterations, batch_size, crop_size, lr):
+    """The arguments that all trainers share."""
+    add, size, integer = parser.add_argument, runtime.height_width, runtime.positive_int
+    add("--out", type=runtime.path, required=True, metavar="RUN", help="run directory; an unfinished run is resumed")
+    add("--iterations", type=integer, default=iterations, help=f"training steps (default {iterations})")
+    add("--batch-size", type=integer, default=batch_size, help=f"per process (default {batch_size})")
+    add("--crop-size", type=size, default=size(crop_size), metavar="N|HxW", help=f"(default {crop_size})")
+    add("--width", type=integer, default=1024, help="resize frames to this width first (default 1024)")
+    add("--lr", type=runtime.positive, default=lr, help=f"Adam's learning rate (default {lr})")
+    runtime.add_compute_arguments(parser)
+    add("--cache", type=runtime.path, metavar="DIR", help="keep resized frames there as PNG, which decode faster")
+    add("--log-every", type=integer, default=100, metavar="N", help="steps per row of log.csv (default 100)")
+    add("--save-every", type=integer, default=5000, metavar="N", help="steps per checkpoint and sample grid (default 5000)")
+    add("--check", action="store_true", help="check arguments and data, and stop before training")
+    runtime.add_device_arguments(parser)
 
 
 class Run:
-    """A run directory and the loop that fills it: checkpoint.pt, log.csv, args.json, samples/, summary.json, weights.pt."""
+    """A run directory (checkpoint.pt, log.csv, args.json, samples/, summary.json, weights.pt) and the loop that fills it."""
 
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
         runtime.join_processes(self.device)
-        args.processes = runtime.processes()
+        args.processes, args.script, args.version = runtime.processes(), Path(sys.argv[0]).name, runtime.VERSION
         self.checkpoint = self.out / "checkpoint.pt"
         if args.crop_size[1] > args.width:
-            raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames, which --width {args.width} makes")
+            raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames at --width {args.width}")
         inputs = [getattr(args, name, None) for name in ("source", "target", "data", "segmenter")]
         files.check_out(self.out, *inputs)
         files.check_out(args.cache or os.devnull, *inputs, flag="--cache")
         if args.cache and args.cache.exists() and not args.cache.is_dir():
             raise ValueError(f"--cache {args.cache}: a file, where a folder is needed")
-        self._read_stored()
+        self._read_saved_arguments()
         if args.precision == "auto":
-            args.precision = self.stored.get("precision") or runtime.pick_precision("auto", self.device)
+            args.precision = self.saved.get("precision") or runtime.pick_precision("auto", self.device)
         self.compare_arguments()
-        self.iteration = 0  # the number of steps done
-        self.left_out = {}  # names of frames, and why
+        self.iteration = 0  # steps done
+        self.left_out = {}  # frames that are not used: {name: reason}
         self.rows, self.sums, self.steps_summed = [], {}, 0
 
-    def _read_stored(self):
-        self.args.script, path = Path(sys.argv[0]).name, self.out / "args.json"
-        self.stored = files.read_json(path) if path.is_file() else {}
-        if self.stored.get("script", self.args.script) != self.args.script:
-            raise ValueError(f"{path}: holds a run of {_quoted(self.stored['script'])}; give another --out")
-        if self.args.restart:
-            self.stored = {}
+    def _read_saved_arguments(self):
+        path = self.out / "args.json"
+        self.saved = files.read_json(path) if path.is_file() else {}
+        if self.saved.get("script", self.args.script) != self.args.script:
+            raise ValueError(f"{path}: belongs to a run of {files.printable(self.saved['script'])}; give another --out")
 
     def compare_arguments(self, free=FREE_ARGUMENTS):
-        """Raises ValueError if the run was begun with arguments, or with data, that would change what it computes."""
+        """Raises ValueError if the run was started with arguments or data that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
         changed = [
-            f"{_described(key)} (was {_quoted(self.stored[key])}, is now {_quoted(value)})"
+            f"{_flag(key)} (was {files.printable(self.saved[key])[:200]}, is now {files.printable(value)[:200]})"
             for key, value in self.arguments.items()
-            if key in self.stored and key not in free and self.stored[key] != value
+            if key in self.saved and key not in free and self.saved[key] != value
         ]
         if changed:
+            changed = ", ".join(changed)
             raise ValueError(
-                f"{self.out}: begun with other arguments: {', '.join(changed)}; "
-                "give another --out, or --restart to throw away what is there"
+                f"{self.out}: started with other arguments: {changed}; give another --out, or delete this one to start anew"
             )
 
     def is_finished(self, **frames):
-        """Has the run finished on these data, {name: data.FrameList}? ValueError if it was started on others.
+        """True if the run has finished on these data, {name: data.FrameList}. ValueError if it was started on other data.
 
-        An unfinished run may go on with files that have changed, since a damaged one may have been mended.
+        The content of files may change until a run has finished, because a damaged file may have been repaired.
         """
         for name, listed in frames.items():
             setattr(self.args, f"frames_of_{name}", listed.fingerprint())
             setattr(self.args, f"content_of_{name}", listed.content())
             self.left_out |= listed.left_out
         self.compare_arguments()
-        if self.args.restart or not (self.out / "weights.pt").is_file():
+        if not (self.out / "weights.pt").is_file():
             for name in frames:
-                if self.stored.get(f"content_of_{name}", now := self.arguments[f"content_of_{name}"]) != now:
-                    log.warning("%s: files of --%s have changed since it was started", self.out, name)
+                key = f"content_of_{name}"
+                if self.saved.get(key, self.arguments[key]) != self.arguments[key]:
+                    log.warning("%s: files of --%s have changed since the run was started", self.out, name)
             return False
         self.compare_arguments(free=FREE_ARGUMENTS - {f"content_of_{name}" for name in frames})
         print(f"{self.out}: finished")
         if runtime.is_first() and not self.args.check:
-            with contextlib.suppress(OSError):  # of an archive
-                files.write_json(self.out / "args.json", self.arguments)  # where the data lie now
+            with contextlib.suppress(OSError):  # a read-only archive
+                files.write_json(self.out / "args.json", self.arguments)  # with the data's present location
         return True
 
-    def restore(self, **state):
-        """Name what a checkpoint holds (objects with state_dict and load_state_dict), and load it if there is one.
+    def print_check(self):
+        """What --check prints once arguments and data have been found in order."""
+        print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
 
-        From here on the run directory is this process's.
+    def restore(self, **state):
+        """Name the parts of a checkpoint (objects with state_dict and load_state_dict), and load it if there is one.
+
+        From here on the run directory belongs to this process.
         """
         self.state = state
-        if self.args.check:
-            print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
-            sys.exit()
         if runtime.is_first():
             self.lock = files.lock(self.out)
-            self._read_stored()  # again: another process may have begun while this one looked at its data
+            self._read_saved_arguments()  # again: another process may have started while this one looked at its data
             self.compare_arguments()
-            if self.args.restart:
-                self._clear()
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
             files.clear_parts(self.out / "samples")
-        if self.args.cache:  # which each machine may have its own of
+        if self.args.cache:  # each machine may have its own
             self.args.cache.mkdir(parents=True, exist_ok=True)
             if os.access(self.args.cache, os.W_OK):
                 files.clear_parts(self.args.cache)
             else:
-                log.warning("--cache %s: cannot be written, so that nothing is kept there", self.args.cache)
+                log.warning("--cache %s: not writable, so nothing is kept there", self.args.cache)
         runtime.barrier()
         if self.checkpoint.is_file():
             self._load()
@@ -155,101 +156,71 @@ class Run:
             files.write_json(self.out / "args.json", self.arguments)
             if self.left_out:
                 files.write_left_out(self.out, self.left_out)
-            self._check_disk()
-        found = (
-            (key.removeprefix("frames_of_"), value) for key, value in self.arguments.items() if key.startswith("frames_of_")
-        )
-        frames = [f"{name}: {value.partition(',')[0]}" for name, value in found]
-        place = f"resumes after {self.iteration} of" if self.iteration else "starts on"
+        counts = {key.removeprefix("frames_of_"): value for key, value in self.arguments.items() if "frames_of_" in key}
+        frames = ", ".join(f"{name}: {value.partition(',')[0]}" for name, value in counts.items())
+        position = f"resumes after {self.iteration} of" if self.iteration else "starts on"
         where = runtime.describe(self.device, self.args.precision)
-        log.info("%s: %s; %s; %s %d steps", self.out, where, ", ".join(frames), place, self.args.iterations)
-
-    def _check_disk(self):
-        """ValueError if a checkpoint will not fit: each parameter, its two moments, and the file that it replaces."""
-        size = sum(tensor.nbytes for _, tensor in _tensors({name: part.state_dict() for name, part in self.state.items()}, ""))
-        needed = 2 * (size if self.iteration else 3 * size)
-        free = shutil.disk_usage(self.out).free + (self.checkpoint.stat().st_size if self.checkpoint.is_file() else 0)
-        if free < needed:
-            raise ValueError(f"{self.out}: checkpoints need {needed:,} bytes of its disk, {free:,} are free")
+        log.info("%s: %s; %s; %s %d steps", self.out, where, frames, position, self.args.iterations)
 
     def _load(self):
         with open(self.checkpoint, "rb") as file:
             try:
                 saved = torch.load(file, map_location=self.device, weights_only=True)
-                if saved["begun"] != self._begun():
-                    raise ValueError("begun with other arguments")
                 for name, part in self.state.items():
-                    of_process = isinstance(part, OfProcess)
-                    loaded = saved["state"][name][runtime.rank()] if of_process else saved["state"][name]
+                    state = saved["state"][name][runtime.rank()] if isinstance(part, PerProcess) else saved["state"][name]
                     if isinstance(part, torch.optim.Optimizer):
-                        optimization.load_optimizer(part, loaded)
+                        optimization.load_optimizer(part, state)
                     else:
-                        part.load_state_dict(loaded)
+                        part.load_state_dict(state)
                 self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
-                self.sums = {str(name): total.reshape(()) for name, total in saved["sums"][runtime.rank()].items()}
-                if not (type(self.iteration) is type(self.steps_summed) is int and 0 <= self.iteration <= self.args.iterations):
-                    raise ValueError("no number of iterations")
-                rows = files.read_csv(self.out / "log.csv")
-                self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
-                for row in self.rows:
-                    float(row["seconds_per_iteration"]), float(row.get("wait_seconds") or 0), int(row["peak_memory_mib"] or 0)
-            except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+                self.sums = saved["sums"][runtime.rank()]
+                self.rows = [row for row in files.read_csv(self.out / "log.csv") if int(row["iteration"]) <= self.iteration]
+            except Exception as error:  # a damaged file can raise anything
                 raise ValueError(
-                    f"{self.checkpoint}: not a checkpoint of this run, or log.csv beside it is damaged "
-                    f"({type(error).__name__}); --restart begins anew"
+                    f"{self.checkpoint}: not a checkpoint of this run, or log.csv in the same folder is damaged "
+                    f"({type(error).__name__}); delete {self.out} to start anew"
                 ) from error
 
-    def _begun(self):
-        """What tells runs of equal networks apart; no paths, since checkpoints of two folders are to be equal."""
-        names = ("script", "method", "seed", "iterations", "processes", "precision")
-        return {name: self.arguments.get(name) for name in names}
-
-    def _clear(self):
-        for name in ("weights.pt", "checkpoint.pt", "log.csv", "summary.json", "evaluation.json", "left_out.txt", "args.json"):
-            (self.out / name).unlink(missing_ok=True)
-        for sample in (self.out / "samples").glob("*.png"):
-            sample.unlink()
-
     def iterations(self, dataset):
-        """Yield (iteration, batch on the device) for the steps that are left; logs, saves, and stops on signals."""
+        """Yield (iteration, batch on the device) for the remaining steps; log, save, and stop on signals."""
         args = self.args
-        indices = _Batches(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
+        indices = loading.SampleNumbers(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
         batches = loading.batches(dataset, indices, args.workers, self.device)
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
-        self.clock = StepClock(self.device)
+        self.clock = optimization.StepClock(self.device)
         self.warm_up()
         self.is_waiting = True
-        with _caught_signals(self) as signals, bar, self._saving_if_stopped(signals):
-            for batch in batches:
-                self.is_waiting = False
-                torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
-                self.clock.enter("step")
-                yield self.iteration, batch
-                self.clock.enter("wait")
-                self.iteration += 1
-                self._count_warm_up()
-                last = self.iteration == args.iterations
-                if last or self.iteration % args.log_every == 0:
-                    self._write_log()
-                signalled = _agreed(signals)
-                if last or self.iteration % args.save_every == 0 or signalled:
-                    self.save()
-                if signalled and not last:
-                    sys.exit(128 + signalled)
-                bar.update()
-                self.is_waiting = True
+        with _caught_signals(self) as signals, bar:
+            try:
+                for batch in batches:
+                    self.is_waiting = False
+                    torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
+                    self.clock.enter("step")
+                    yield self.iteration, batch
+                    self._after_step(signals)
+                    bar.update()
+                    self.is_waiting = True
+            except _Stopped:
+                self.save()
+                sys.exit(128 + signals[0])
 
-    @contextlib.contextmanager
-    def _saving_if_stopped(self, signals):
-        try:
-            yield
-        except _Stopped:
+    def _after_step(self, signals):
+        """Log and save if due, and stop if any process has received a signal."""
+        self.clock.enter("wait")
+        self.iteration += 1
+        self._count_warm_up()
+        is_last = self.iteration == self.args.iterations
+        if is_last or self.iteration % self.args.log_every == 0:
+            self._write_log()
+        signal_number = _agree(signals)
+        if is_last or self.iteration % self.args.save_every == 0 or signal_number:
             self.save()
-            sys.exit(128 + signals[0])
+        if signal_number and not is_last:
+            sys.exit(128 + signal_number)
 
     def warm_up(self):
-        """The next steps are the first of their kind: on CUDA, their peak memory is not the run's."""
-        self.warming_up = optimization.WARM_UP + 1 if self.device.type == "cuda" else 0  # and one step more, which is measured
+        """Leave the next steps out of the peak memory on CUDA: they are the first of their kind."""
+        self.warming_up = optimization.WARM_UP + 1 if self.device.type == "cuda" else 0  # one more, which is measured
 
     def _count_warm_up(self):
         if self.warming_up > 0:
@@ -258,29 +229,33 @@ class Run:
                 torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
-    def saves_next(self):
-        """Is a checkpoint due after the step under way? Then a sample grid is, too."""
-        due = (self.iteration + 1) % self.args.save_every == 0 or self.iteration + 1 == self.args.iterations
-        return due and runtime.is_first()
-
-    @property
     def samples(self):
-        """How many samples all processes take in all iterations."""
+        """The number of samples that all processes draw in all iterations."""
         return self.args.iterations * self.args.batch_size * runtime.processes()
 
-    def log(self, losses, **values):
-        """Losses (scalar tensors) are averaged until the next row of log.csv, without waiting for the device; values
-        (learning rates, counts) go there as they are."""
+    def log(self, losses, grid=None, **values):
+        """Log a step.
+
+        losses: {name: scalar tensor}, averaged until the next row of log.csv without waiting for the device. values: numbers
+        that go into the row as they are, e.g. lr. grid: a function that returns lists of images (B, 3, h, w) in [0, 1]; at
+        every checkpoint they become samples/ITERATION.png, one column per list and one row per sample.
+        """
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
         self.steps_summed += 1
         self.values = values
+        done = self.iteration + 1
+        if grid and runtime.is_first() and (done % self.args.save_every == 0 or done == self.args.iterations):
+            self.clock.enter("other")
+            columns = [images.detach().float().cpu().clamp(0, 1) for images in grid()]
+            image = to_pil_image(make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(columns)))
+            files.write_whole(self.out / "samples" / f"{done:07d}.png", files.png_bytes(image))
 
     def _write_log(self):
         self.clock.enter("other")
         means = self._finite_means()
         seconds, wait = self.clock.read()
-        peak = "" if self.warming_up else f"{peak_memory_mib(self.device):.0f}"
+        peak = "" if self.warming_up else f"{optimization.peak_memory_mib(self.device):.0f}"
         self._finite_state()
         self.rows.append(
             {"iteration": self.iteration}
@@ -298,58 +273,55 @@ class Run:
         totals = runtime.all_reduce_mean_(torch.stack([total.double() for total in self.sums.values()])).tolist()
         means = {name: total / self.steps_summed for name, total in zip(self.sums, totals, strict=True)}
         if bad := [name for name, mean in means.items() if not np.isfinite(mean)]:
-            raise self._diverged("loss", bad)
+            raise self._divergence("loss", bad)
         return means
 
     def _finite_state(self):
         state = {name: part.state_dict() for name, part in self.state.items()}
-        bad = not_finite(state)
-        if runtime.processes() > 1:  # what is of one process, BatchNorm's statistics say, need not be bad in all
-            bad = list(dict.fromkeys(name for names in _gathered(bad) for name in names))
+        bad = optimization.not_finite(state)
+        if runtime.processes() > 1:  # per-process state, such as BatchNorm statistics, may be bad in one process only
+            bad = list(dict.fromkeys(name for names in runtime.all_gather(bad) for name in names))
         if bad:
-            raise self._diverged("state", bad)
+            raise self._divergence("state", bad)
         return state
 
-    def _diverged(self, kind, names):
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    def _divergence(self, kind, names):
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         return FloatingPointError(
-            f"{self.out}: diverged before iteration {self.iteration}: {kind} {shown} not finite; "
-            "the last checkpoint is kept, a lower --lr (with --restart) may help"
+            f"{self.out}: diverged before iteration {self.iteration}: {kind} {listed} not finite; the last checkpoint is "
+            "kept. A lower --lr may help: delete the folder, or give another --out"
         )
 
     def save(self):
-        """Write checkpoint.pt; a state that is not finite, or whose losses are not, is never saved."""
+        """Write checkpoint.pt, unless the state or the losses are not finite."""
         self.clock.enter("other")
         self._finite_means()
         state = self._finite_state()
         for name, part in self.state.items():
-            if isinstance(part, OfProcess):
-                state[name] = _gathered(state[name])
-        content = {"begun": self._begun(), "iteration": self.iteration, "state": state}
-        content |= {"sums": _gathered(self.sums), "steps_summed": self.steps_summed}
+            if isinstance(part, PerProcess):
+                state[name] = runtime.all_gather(state[name])
+        content = {
+            "iteration": self.iteration,
+            "state": state,
+            "sums": runtime.all_gather(self.sums),
+            "steps_summed": self.steps_summed,
+        }
         if runtime.is_first():
             files.write_whole(self.checkpoint, torch_bytes(content))
         self.clock.enter("wait")
 
-    def save_grid(self, *columns):
-        """Images (B, 3, h, w) in [0, 1], a column each and a row a sample -> samples/ITERATION.png."""
-        self.clock.enter("other")
-        rows = torch.stack([c.detach().float().cpu().clamp(0, 1) for c in columns], dim=1).flatten(0, 1)
-        grid = to_pil_image(make_grid(rows, nrow=len(columns)))
-        files.write_whole(self.out / "samples" / f"{self.iteration + 1:07d}.png", files.png_bytes(grid))
-
     def finish(self, weights, **summary):
-        """Write summary.json and, last, weights.pt: the sign that the run is finished."""
+        """Write summary.json and, last, weights.pt, which marks the run as finished."""
         if not runtime.is_first():
             return
-        summary |= {"iterations": self.iteration}
-        rows = [row for row in self.rows if row.get("wait_seconds")]  # older ones counted it as a part of the step
+        summary |= {"version": runtime.VERSION, "iterations": self.iteration}
+        rows = [row for row in self.rows if row.get("wait_seconds")]  # older versions counted the wait as part of the step
         for name in ("seconds_per_iteration", "wait_seconds"):
             times = [float(row[name]) for row in rows] or [0.0]
-            summary[name] = statistics.median(times[1:] or times)  # the first interval warms up
+            summary[name] = statistics.median(times[1:] or times)  # without the first interval, which warms up
         peaks = [int(row["peak_memory_mib"]) for row in self.rows if row["peak_memory_mib"]]
         summary |= {
-            "peak_memory_mib": max(peaks, default=round(peak_memory_mib(self.device))),
+            "peak_memory_mib": max(peaks, default=round(optimization.peak_memory_mib(self.device))),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
@@ -357,137 +329,41 @@ class Run:
         files.write_whole(self.out / "weights.pt", torch_bytes(weights))
 
 
-class StepClock:
-    """Times the phases of training: "step", the "wait" for the next batch, and "other" work, which is not reported.
-
-    On CUDA by events, read with the log's rows, so that no step waits for the device. A wait is then the device's: next to
-    nothing while it is behind the process that gives it work.
-    """
-
-    def __init__(self, device):
-        self.is_cuda = device.type == "cuda"
-        self.spans, self.phase = {"step": [], "wait": []}, "other"
-
-    def enter(self, phase):
-        """End the phase under way and begin another."""
-        now = self._mark()
-        if self.phase != "other":
-            self.spans[self.phase].append((self.since, now))
-        self.phase, self.since = phase, now
-
-    def read(self):
-        """Mean seconds of a step, and of waiting per step, since the last call; waits for the device."""
-        if self.is_cuda:
-            torch.cuda.synchronize()
-        means = [sum(map(self._seconds, spans)) / max(1, len(self.spans["step"])) for spans in self.spans.values()]
-        self.spans = {"step": [], "wait": []}
-        return means
-
-    def _mark(self):
-        if not self.is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _seconds(self, span):
-        begin, end = span
-        return begin.elapsed_time(end) / 1e3 if self.is_cuda else end - begin
-
-
-def trained_width(run):
-    """The width of the frames that a run was trained on, from its args.json."""
-    width = files.read_json(run / "args.json", "width")["width"]
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"{run / 'args.json'}: width is {width!r}, where a whole number from 1 up is needed")
-    return width
+class PerProcess:
+    """Base class of checkpoint parts of which each process has its own."""
 
 
 def torch_bytes(content):
-    """What torch.save writes, as bytes, and the same bytes for the same content.
-
-    A file that torch writes itself holds its path's name; and pickle writes an object that it has seen by reference, so
-    that equal strings must be one object: those of a resumed run were read from a file, one by one.
-    """
+    """What torch.save writes, as bytes. (A file that torch.save writes itself would contain its own name.)"""
     buffer = io.BytesIO()
-    torch.save(_plain(content), buffer)
+    torch.save(content, buffer)
     return buffer.getbuffer()
 
 
-def _plain(part):
-    if isinstance(part, dict):
-        return {_plain(key): _plain(value) for key, value in part.items()}
-    if isinstance(part, (list, tuple)):
-        return type(part)(_plain(value) for value in part)
-    return sys.intern(part) if isinstance(part, str) else part
+def _flag(key):
+    """The flag that an entry of args.json describes: content_of_source -> "content of --source"."""
+    what, _, name = key.rpartition("_of_")
+    return (f"{what} of --" if what else "--") + name.replace("_", "-")
 
 
-def not_finite(state, name=""):
-    """Names of the tensors in nested dicts and lists that hold nan or infinity; waits for the device once, or to name them."""
-    named = [(key, tensor) for key, tensor in _tensors(state, name) if tensor.is_floating_point() and tensor.numel()]
-    # The largest magnitude of all, in a few kernels: finite unless one of them is not, since a maximum does not overflow.
-    if torch.nn.utils.get_total_norm([tensor for _, tensor in named], torch.inf).isfinite():
-        return []
-    return [key for key, tensor in named if not tensor.isfinite().all()]
-
-
-def _tensors(part, name):
-    if isinstance(part, torch.Tensor):
-        yield name, part
-    elif isinstance(part, (dict, list, tuple)):
-        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
-
-
-class OfProcess:
-    """A part of a checkpoint that each process has its own of: put before a class that has state_dict."""
-
-
-def _gathered(state):
-    """The states of all processes, in their order; those of others on the CPU."""
-    if runtime.processes() == 1:
-        return [state]
-    states = [None] * runtime.processes()
-    dist.all_gather_object(states, bytes(torch_bytes(state)))  # tensors themselves would come back on the GPU they are from
-    return [torch.load(io.BytesIO(state), map_location="cpu", weights_only=True) for state in states]
-
-
-def _agreed(signals):
-    """The number of a signal that came to any process, 0 for none: all stop after the same step."""
+def _agree(signals):
+    """The number of a signal that any process received, 0 for none: all processes stop after the same step."""
     number = torch.tensor(max(signals, default=0))
     if runtime.processes() > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: a GPU goes on computing
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, while the GPU keeps computing
     return int(number)
 
 
-class _Batches:
-    """Sample numbers of the iterations from `start` on: iteration i of n processes has those from i * n * batch_size on.
-
-    Of these each process takes batch_size, in the order of the processes.
-    """
-
-    def __init__(self, start, stop, batch_size, rank, processes):
-        self.start, self.stop, self.batch_size, self.rank, self.processes = start, stop, batch_size, rank, processes
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        for i in range(self.start, self.stop):
-            first = (i * self.processes + self.rank) * self.batch_size
-            yield range(first, first + self.batch_size)
-
-
 class _Stopped(BaseException):
-    """A signal while a batch is waited for: between two steps, however long it takes."""
+    """Raised by a signal that arrives while the next batch is awaited, however long that takes."""
 
 
 @contextlib.contextmanager
 def _caught_signals(run):
-    """A list that SIGTERM, SIGINT and SIGHUP append to, so that the step under way is finished and saved first.
+    """A list to which SIGTERM, SIGINT and SIGHUP are appended, so that the current step is finished and saved first.
 
-    However often one comes: to a process group, torchrun and run_all.sh pass on what its members have had already. A process
-    of many goes on to the next step, so that all stop after the same one.
+    A signal may come several times: torchrun and run_all.sh forward what their process group has already received. One of
+    several processes does not stop while it waits, because all must stop after the same step.
     """
     caught, previous = [], {}
 
@@ -496,19 +372,11 @@ def _caught_signals(run):
         if run.is_waiting and len(caught) == 1 and runtime.processes() == 1:
             raise _Stopped
 
-    for sign in runtime.STOP_SIGNALS:
-        if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN:  # nohup's wish is respected
-            previous[sign] = signal.signal(sign, catch)
+    for number in runtime.STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            previous[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def peak_memory_mib(device):
-    """Most memory in use so far, in MiB: tensors on a GPU, the whole process (resident set) on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # getrusage's ru_maxrss begins with the peak of the process that started this one.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10

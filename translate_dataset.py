@@ -2,15 +2,13 @@
 
     python translate_dataset.py --source gta5 --translator runs/fastcut_l5 --out translated/fastcut_l5
 
-Images are written at the width that the translator was trained for, height in proportion, labels beside them at the same
-size by nearest-exact, in GTA5's layout: OUT/images/NAME.png and OUT/labels/NAME.png, Cityscapes ids. An interrupted run
-is resumed by the same command.
+Writes OUT/images/NAME.png and OUT/labels/NAME.png (Cityscapes label ids), GTA5's layout, at the width that the translator was
+trained for, with the height in proportion; labels are resized by nearest-exact. The same command resumes an interrupted run.
 """
 
 import collections
 import itertools
 import logging
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -24,32 +22,29 @@ import files
 import loading
 import models
 import runtime
-import training
 
 log = logging.getLogger("translate_dataset")
-WRITERS = runtime.default_workers()  # threads that encode PNG files: a GPU translates faster than one does
+WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU translates faster than one of them encodes
 
 
 def parse_args():
-    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
+    parser = runtime.parser(__doc__)
     parser.add_argument(
         "--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
     )
     parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
     parser.add_argument(
-        "--translator", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of train_translator.py"
+        "--translator", type=runtime.run_path, required=True, metavar="RUN", help="finished run of train_translator.py"
     )
     parser.add_argument("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
-    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one a line")
-    parser.add_argument("--restart", action="store_true", help="throw away the frames that OUT holds and begin anew")
-    parser.add_argument("--batch-size", type=runtime.positive_int, default=1, help="frames at a time (default 1)")
+    parser.add_argument("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
     runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
     return parser.parse_args()
 
 
 class ResizedPairs(Dataset):
-    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8), both at `width`."""
+    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8), both resized to `width`."""
 
     def __init__(self, frames, width):
         self.frames, self.width = frames, width
@@ -69,26 +64,74 @@ class ResizedPairs(Dataset):
 
 @torch.inference_mode()
 def translate(generator, images, autocast):
-    """(B, 3, H, W) uint8 -> (B, 3, H, W) uint8, the translation rounded to whole levels."""
+    """(B, 3, H, W) uint8 -> (B, 3, H, W) uint8, the translation rounded to 8 bits."""
     x = data.to_signed(images).contiguous(memory_format=torch.channels_last)
     with autocast:
         fake = generator(x)
     return ((fake.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def write_png(path, array, palette=None):
-    image = Image.fromarray(array)
-    if palette is not None:
-        image.putpalette(palette)
-    files.write_whole(path, files.png_bytes(image, compress_level=1))  # much faster than the default level, and little larger
+def open_out(args, settings, frames):
+    """Record the settings that the images in --out depend on. ValueError if some were made with other settings."""
+    path = args.out / "args.json"
+    saved = files.read_json(path) if path.is_file() else {}
+    if not saved and any((args.out / "images").glob("*")):
+        raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
+    if args.precision == "auto":
+        settings["precision"] = saved.get("precision", settings["precision"])
+    changed = [key for key in settings if key in saved and saved[key] != settings[key]]
+    if changed == ["content_of_source"] and not finished_names(args.out).issuperset(frame.name for frame in frames):
+        # A damaged file may have been repaired.
+        log.warning("%s: files of --source have changed since the translation was started", args.out)
+    elif changed:
+        listed = ", ".join(f"{key} (was {saved[key]}, is now {settings[key]})" for key in changed)
+        raise ValueError(
+            f"--out {args.out}: started with another {listed}; give another --out, or delete this one to start anew"
+        )
+    runtime.barrier()  # all processes have compared
+    if runtime.is_first():
+        for folder in (args.out, args.out / "images", args.out / "labels"):
+            folder.mkdir(exist_ok=True)
+            files.clear_parts(folder)
+        files.write_json(path, settings)
+        if frames.left_out:
+            files.write_left_out(args.out, frames.left_out)
+    runtime.barrier()
 
 
-def check_disk(out, frames, width):
-    """ValueError if the free space is less than what the translation will take (about 2 bytes a pixel as PNG)."""
-    w, h = data.image_size(frames[0].image)
-    needed, free = len(frames) * 2 * width * round(h * width / w), shutil.disk_usage(out).free
-    if free < needed:
-        raise ValueError(f"--out {out}: {needed / 2**20:,.1f} MiB needed for {len(frames)} frames, {free / 2**20:,.1f} free")
+def finished_names(out):
+    return set.intersection(*({path.stem for path in (out / part).glob("[!.]*.png")} for part in ("images", "labels")))
+
+
+def translate_batches(generator, batches, width, args, device, autocast):
+    """Write the translations of lists of frames, and their labels. Threads encode PNG files while the generator continues."""
+    frames = [frame for batch in batches for frame in batch]
+    starts = itertools.accumulate(map(len, batches), initial=0)
+    indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
+
+    def write(name, fake, label):
+        label = Image.fromarray(label.numpy())
+        label.putpalette(data.ID_COLOURS.tobytes())
+        # Level 1 is much faster than the default, and the files are little larger.
+        files.write_whole(args.out / "labels" / f"{name}.png", files.png_bytes(label, compress_level=1))
+        image = Image.fromarray(fake.numpy())  # last: its file marks the pair as finished
+        files.write_whole(args.out / "images" / f"{name}.png", files.png_bytes(image, compress_level=1))
+
+    with (
+        tqdm(total=len(frames), desc=str(args.out), disable=not runtime.is_first()) as bar,
+        ThreadPoolExecutor(WRITERS) as pool,
+    ):
+        writes = collections.deque()
+        for batch in loading.batches(ResizedPairs(frames, width), indices, args.workers, collate=list):  # sizes may differ
+            for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
+                names, images, labels = zip(*group, strict=True)
+                fakes = translate(generator, torch.stack(images).to(device), autocast).permute(0, 2, 3, 1).cpu()
+                writes.extend(map(partial(pool.submit, write), names, fakes, labels))
+            while len(writes) > 4 * WRITERS:  # bounds memory, and reports a failed write soon
+                writes.popleft().result()
+            bar.update(len(batch))
+        for pair in writes:
+            pair.result()
 
 
 def main():
@@ -96,106 +139,36 @@ def main():
     files.check_out(args.out, args.source, args.translator)
     frames = data.list_frames(args.source, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     weights = files.finished(args.translator, "--translator")
-    width = training.trained_width(args.translator)
+    device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
+    generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
+    width = generator.width
     data.check_frames(frames, width)
 
-    device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     runtime.join_processes(device)
-    generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
-
-    # What the output depends on: a folder that was begun with something else is not gone on with.
-    begun = args.out / "args.json"
     if runtime.is_first():
-        lock = files.lock(args.out)  # noqa: F841 - held as long as the process lives
-    was = files.read_json(begun) if begun.is_file() else {}
-    if not was and any((args.out / "images").glob("*")):
-        raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
-    precision = was.get("precision") if args.precision == "auto" and not args.restart else None
-    precision = precision or runtime.pick_precision(args.precision, device)
-    facts = {"frames_of_source": frames.fingerprint(), "content_of_source": frames.content()}
-    facts |= {"width": width, "weights": files.digest(weights), "batch_size": args.batch_size, "precision": precision}
-    changed = [key for key in facts if key in was and was[key] != facts[key] and not args.restart]
-    if changed == ["content_of_source"] and not finished_names(args.out).issuperset(frame.name for frame in frames):
-        log.warning("%s: files of --source have changed since it was started", args.out)  # a damaged one may have been mended
-    elif changed:
-        listed = ", ".join(f"{key} (was {was[key]}, is now {facts[key]})" for key in changed)
-        raise ValueError(
-            f"--out {args.out}: begun with another {listed}; give another --out, or --restart to throw away what is there"
-        )
-    runtime.barrier()
-    if runtime.is_first():
-        prepare(args.out, facts, args.restart)
-        if frames.left_out:
-            files.write_left_out(args.out, frames.left_out)
-    runtime.barrier()
+        lock = files.lock(args.out)  # noqa: F841 - held until this process ends
+    settings = {
+        "frames_of_source": frames.fingerprint(),
+        "content_of_source": frames.content(),
+        "width": width,
+        "weights": files.digest(weights),
+        "batch_size": args.batch_size,
+        "precision": runtime.pick_precision(args.precision, device),
+    }
+    open_out(args, settings, frames)
 
-    # Batches are cut, and dealt out to processes, before finished ones are left out: what stands beside a frame, and who
-    # translates it, is the same in an interrupted run.
+    # Shard before skipping finished frames, so that a resumed run batches exactly as an uninterrupted one.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
-    done = finished_names(args.out)  # again: --restart removes them
+    done = finished_names(args.out)
     own = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
-    left = [frame for frame in frames if frame.name not in done]
-    where = runtime.describe(device, precision)
-    log.info("%s: %s; %d frames, %d of them done", args.out, where, len(frames), len(frames) - len(left))
-    if left:
-        check_disk(args.out, left, width)
+    count = sum(frame.name in done for frame in frames)
+    where = runtime.describe(device, settings["precision"])
+    log.info("%s: %s; %d frames, %d of them done", args.out, where, len(frames), count)
     if own:
-        translate_batches(generator, own, width, args, device, precision)
+        translate_batches(generator, own, width, args, device, runtime.autocast(device, settings["precision"]))
     runtime.barrier()
-    if not left:
+    if count == len(frames):
         print(f"{args.out}: finished")
-
-
-def finished_names(out):
-    return set.intersection(*({path.stem for path in (out / part).glob("[!.]*.png")} for part in ("images", "labels")))
-
-
-def prepare(out, facts, restart):
-    """The folders, without what a killed run or, with `restart`, any run before has left there."""
-    for folder in (out, out / "images", out / "labels"):
-        folder.mkdir(exist_ok=True)
-        files.clear_parts(folder)
-    if restart:
-        for frame in itertools.chain(*((out / part).glob("[!.]*.png") for part in ("images", "labels"))):
-            frame.unlink()
-    files.write_json(out / "args.json", facts)
-
-
-def translate_batches(generator, batches, width, args, device, precision):
-    """Write the translations of lists of frames, and their labels. Threads encode PNG files while the generator goes on."""
-    frames = [frame for batch in batches for frame in batch]
-    starts = itertools.accumulate(map(len, batches), initial=0)
-    indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
-    palette = [channel for color in _id_colours() for channel in color]
-
-    def write(name, fake, label):
-        write_png(args.out / "labels" / f"{name}.png", label.numpy(), palette)
-        write_png(args.out / "images" / f"{name}.png", fake.numpy())  # last: it says that the pair is done
-
-    with (
-        tqdm(total=len(frames), desc=str(args.out), disable=not runtime.is_first()) as bar,
-        ThreadPoolExecutor(WRITERS) as pool,
-    ):
-        written = collections.deque()
-        for batch in loading.batches(ResizedPairs(frames, width), indices, args.workers, collate=list):  # sizes differ
-            for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
-                names, images, labels = zip(*group, strict=True)
-                images = torch.stack(images).to(device)
-                fakes = translate(generator, images, runtime.autocast(device, precision)).permute(0, 2, 3, 1).cpu()
-                written.extend(map(partial(pool.submit, write), names, fakes, labels))
-            while len(written) > 4 * WRITERS:  # few wait in memory, and what cannot be written is known soon
-                written.popleft().result()
-            bar.update(len(batch))
-        for pair in written:
-            pair.result()
-
-
-def _id_colours():
-    colours = [(0, 0, 0)] * 256
-    for c in data.Cityscapes.classes:
-        if c.id >= 0:
-            colours[c.id] = c.color
-    return colours
 
 
 if __name__ == "__main__":

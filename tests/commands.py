@@ -1,19 +1,21 @@
-"""What several tests need: the command lines, watched or stopped at a chosen moment, and what they leave."""
+"""Used by several tests: running the command lines, watching or killing them at a chosen moment, comparing their output."""
 
 import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+import served
+import torch
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = "SOURCE TARGET SETTINGS OUT METHODS SEED NPROC ITERATIONS_SCALE FID_WEIGHTS".split()
 VARIABLES += "TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
 MEASURED = ("seconds_per_iteration", "wait_seconds", "peak_memory_mib")
 
-# Python runs a module of this name before a script. This one notes who opens a label of a Cityscapes layout, and kills the
-# script's process group as it is about to rename a file for the nth time to the name that is given.
+# Python runs a module of this name before a script. This one records which scripts open labels of a Cityscapes layout, and
+# kills the script's process group when it is about to rename a file to a given name for the nth time.
 SITECUSTOMIZE = """
 import json, os, signal, sys
 
@@ -51,7 +53,7 @@ def run(*words, **environment):
 
 
 def script(name, *words, **environment):
-    return run(sys.executable, ROOT / name, *words, **environment)
+    return run(served.python(), ROOT / name, *words, **environment)
 
 
 def table(path):
@@ -60,13 +62,26 @@ def table(path):
 
 
 def content(out, path):
-    """What a file holds, but for what was measured, where it lies, and how many workers read for it."""
+    """A file's content, without what was measured, where it lies, and the number of workers; of a checkpoint, its tensors."""
+    if path.name == "checkpoint.pt":
+        return list(leaves(torch.load(out / path, weights_only=True)))
     if path.suffix == ".csv":
         return [{k: v for k, v in row.items() if k not in MEASURED} for row in table(out / path)]
     if path.suffix == ".json":
         held = json.loads((out / path).read_text().replace(str(out), "OUT"))
         return {k: v for k, v in held.items() if k not in (*MEASURED, "workers", "out")}
     return (out / path).read_bytes()
+
+
+def leaves(part, name=""):
+    """(name, value) of everything in nested dicts and lists; of tensors dtype, shape and bytes."""
+    if isinstance(part, (dict, list, tuple)):
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            yield from leaves(value, f"{name}.{key}")
+    elif isinstance(part, torch.Tensor):
+        yield name, (part.dtype, part.shape, part.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    else:
+        yield name, part
 
 
 def assert_same_outputs(one, two):

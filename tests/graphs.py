@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: it records every operation of a step and computes them again on the same tensors."""
+"""A stand-in for CUDA graphs on the CPU: records every operation of a step, and repeats them on the same tensors."""
 
 import contextlib
 
@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# Operations that ask for a tensor's value, some of them in their CUDA version alone.
+# Operations that read a tensor's value, on CUDA at least.
 WAITING = {aten._local_scalar_dense.default, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.nonzero.default}
 
 
 class Recorder(TorchDispatchMode):
-    """What a CUDA graph keeps: kernels and the addresses they read and write. Numbers stay as they were."""
+    """Records what a CUDA graph does: kernels, and the addresses that they read and write. Numbers become constants."""
 
     def __init__(self):
         super().__init__()
@@ -20,7 +20,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in WAITING:
-            raise RuntimeError(f"{function} waits for the device, which cannot be recorded")
+            raise RuntimeError(f"{function} waits for the device, so it cannot be recorded")
         results = function(*args, **(kwargs or {}))
         self.operations.append((function, args, kwargs or {}, results))
         return results
@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):
         for function, args, kwargs, results in self.operations:
             aliases = [result.alias_info for result in function._schema.returns]
             if any(alias is not None and not alias.is_write for alias in aliases):
-                continue  # a view, which is where it was
+                continue  # a view of a tensor that stays in place
             again = function(*args, **kwargs)
             if all(alias is None for alias in aliases):
                 for kept, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
@@ -46,13 +46,13 @@ class Stream:
 
 
 def stand_in(monkeypatch):
-    """Let optimization.GraphedStep record and replay on the CPU; returns a list that grows by one at each replay."""
+    """Make optimization.GraphedStep record and replay on the CPU -> a list that grows by one entry per replay."""
     replays = []
 
     class Graph(Recorder):
         def replay(self):
             replays.append(len(self.operations))
-            if len(replays) > 1:  # the first one was computed while it was recorded, as CUDA does not
+            if len(replays) > 1:  # unlike CUDA, recording computed the first one
                 with torch.no_grad():
                     super().replay()
 

@@ -1,4 +1,4 @@
-"""make_demo_data.py: deterministic, Cityscapes' ids, the same streets in both domains, and a command that refuses to guess."""
+"""demo/: frames depend on the seed alone, labels match images, both domains show the same kind of street; the command line."""
 
 import contextlib
 import io
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_demo_data import DOMAINS, IDS, main, paths, render
+from make_demo_data import main, paths
 from PIL import Image
+from rendering import DOMAINS, IDS, render
 from torchvision.datasets import Cityscapes
 
 import runtime
@@ -20,7 +21,7 @@ TRAIN_ID = {c.id: c.train_id for c in Cityscapes.classes}
 
 
 def run(*arguments):
-    """The command, within this process: starting another one takes seconds."""
+    """Run the command within this process: starting another one takes seconds."""
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
@@ -62,7 +63,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_frame_depends_on_its_random_numbers_alone(domain):
+def test_a_frame_depends_on_its_generator_alone(domain):
     image, label = render(np.random.default_rng(1), domain, 64, 128)
     again, label_again = render(np.random.default_rng(1), domain, 64, 128)
     other, _ = render(np.random.default_rng(2), domain, 64, 128)
@@ -72,14 +73,14 @@ def test_frame_depends_on_its_random_numbers_alone(domain):
 
 @pytest.mark.parametrize("size", [(64, 128), (131, 239), (405, 737)])  # odd sizes; the last is not supersampled
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_image_and_label_share_their_size(domain, size):
+def test_image_and_label_have_the_same_size(domain, size):
     image, label = render(np.random.default_rng(0), domain, *size)
     assert image.shape == (*size, 3) and image.dtype == np.uint8
     assert label.shape == size and label.dtype == np.uint8
 
 
-def test_image_and_label_fit_to_the_pixel():
-    """Source edges are clean: across a border of the sky the colour jumps there, more than two pixels further."""
+def test_image_and_label_match_to_the_pixel():
+    """Source edges are sharp: colours change more across the lower edge of the sky than one or two pixels away from it."""
     jumps = np.zeros(5)
     for k in range(10):
         image, label = render(np.random.default_rng(k), "source", 128, 256)
@@ -94,14 +95,14 @@ def test_image_and_label_fit_to_the_pixel():
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_classes(label_sets, domain):
     ids = set(np.unique(label_sets[domain]).tolist())
-    assert ids <= set(TRAIN_ID), "an id that Cityscapes does not name"
+    assert ids <= set(TRAIN_ID), "an id that is not in Cityscapes"
     assert len({TRAIN_ID[i] for i in ids} - {255}) >= 14
     assert IDS["static"] in ids and IDS["dynamic"] in ids
     assert (IDS["ego vehicle"] in ids) == (IDS["out of roi"] in ids) == (domain == "target")
 
 
 def test_domains_have_the_same_streets(label_sets):
-    """Class frequencies, without void, agree up to the camera height: the gap is one of appearance."""
+    """Class frequencies, without void, differ only by the camera height: the domain gap is one of appearance."""
     table = np.array([TRAIN_ID.get(i, 255) for i in range(256)])
     frequency = {}
     for domain, ids in label_sets.items():
@@ -111,7 +112,7 @@ def test_domains_have_the_same_streets(label_sets):
 
 
 def test_domains_look_different():
-    """A game is more saturated than a dashcam: by a wide margin, in every frame."""
+    """Every source frame is more saturated than every target frame."""
 
     def saturation(domain, k):
         image = render(np.random.default_rng(k), domain, 64, 128)[0].astype(float)
@@ -148,7 +149,7 @@ def test_second_run_does_nothing(small):
     assert before == {p: p.stat().st_mtime_ns for p in small.rglob("*")}
 
 
-def test_interrupted_run_goes_on(small, tmp_path):
+def test_an_interrupted_run_is_resumed(small, tmp_path):
     arguments = json.loads((small / "demo.json").read_text())
     for name in contents(small):
         if not name.startswith("target"):

@@ -94,15 +94,18 @@ class Slow(torch.utils.data.Dataset):
         return torch.zeros(3, 4, 4)
 
 
+def slowly(images):
+    """As on a slow disk."""
+    time.sleep(0.1)
+    return images[:, :3]
+
+
 def test_a_step_and_the_wait_for_its_data_are_timed_apart(tmp_path):
     run = small_run(tmp_path, 8, "--log-every", "4")
     run.restore()
     for _, x in run.iterations(Slow()):
         time.sleep(0.01)
-        run.log({"loss": x.sum()}, lr=1)
-        if run.iteration % 3 == 0:
-            run.save_grid(x)
-            time.sleep(0.1)  # a slow disk; as is whatever else is done after the step
+        run.log({"loss": x.sum()}, grid=lambda: [slowly(x)], lr=1)  # noqa: B023
     run.finish({})
     summary = training.files.read_json(tmp_path / "summary.json")
     for row in (*table(tmp_path / "log.csv"), summary):
@@ -188,7 +191,7 @@ def test_a_gpu_that_is_not_there_is_one_line_that_says_what_is_needed(pair, tmp_
     words = ["--source", pair / "source", "--target", pair / "target", "--method", "cut", "--out", tmp_path / "a"]
     result = script("train_translator.py", *words, "--device", "cuda")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--device cuda: there are 0 GPUs for this process; CUDA_VISIBLE_DEVICES is ''" in result.stderr
+    assert "--device cuda: this process sees 0 GPUs; CUDA_VISIBLE_DEVICES is ''" in result.stderr
     result = script(
         "evaluate.py", "--segmenter", "x", "--data", pair / "target", "--device", "meta"
     )  # exists, computes nothing
@@ -215,7 +218,7 @@ def test_a_gpu_that_cannot_compute_is_refused_with_what_to_install(broken_gpu, f
 
 def test_auto_says_that_a_gpu_cannot_compute_before_it_takes_the_cpu(broken_gpu, flags, caplog):
     assert runtime.pick_device("auto").type == "cpu"
-    assert "--device auto: the CPU, since the GPU cannot be used" in caplog.text and "sm_75" in caplog.text
+    assert "--device auto: using the CPU, because the GPU cannot be used" in caplog.text and "sm_75" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,7 @@ def test_auto_says_that_torch_cannot_use_the_gpu_there_is(tmp_path, monkeypatch,
 )
 def test_a_busy_gpu_is_no_reason_to_train_on_the_cpu(broken_gpu, flags, monkeypatch, error):
     monkeypatch.setattr(torch, "ones", lambda *_, **__: (_ for _ in ()).throw(error))
-    with pytest.raises(ValueError, match="other processes hold it"):
+    with pytest.raises(ValueError, match="in use by other processes"):
         runtime.pick_device("auto")
 
 
@@ -262,7 +265,7 @@ def test_one_process_of_many_does_not_take_the_cpu_alone(broken_gpu, flags, monk
     with pytest.raises(ValueError, match="--device cuda:1: "):
         runtime.pick_device("auto")
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(ValueError, match="--device cuda:5: there are 2 GPUs"):
+    with pytest.raises(ValueError, match="--device cuda:5: this process sees 2 GPUs"):
         runtime.pick_device("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -305,7 +308,7 @@ def test_a_card_without_bf16_trains_in_fp32_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old Card")
     assert runtime.pick_precision("auto", torch.device("cuda")) == "fp32"
-    assert "fp32, since Old Card does not compute bf16" in caplog.text
+    assert "fp32, because Old Card has no bf16" in caplog.text
     assert runtime.pick_precision("bf16", torch.device("cuda")) == "bf16"
 
 

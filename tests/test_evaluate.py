@@ -1,13 +1,16 @@
-"""evaluate.py: scores against cityscapesscripts' own, hand-made confusion matrices and a plain loop; tables."""
+"""evaluate.py: scores compared with cityscapesscripts, hand-made confusion matrices and a plain loop; rows and --skip-done."""
 
 import contextlib
+import json
 import math
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official
+from commands import table
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -16,6 +19,7 @@ from scipy.ndimage import map_coordinates
 
 import data
 import evaluate
+import models
 
 EVALUATED = [c.id for c in data.CLASSES]  # label ids
 EVERY_ID = list(range(34))
@@ -23,7 +27,7 @@ OPTIONS = types.SimpleNamespace(**vars(official.args) | {"evalInstLevelScore": F
 
 
 def assert_equal_scores(pairs, folder):
-    """Files of (predicted, true) label ids through cityscapesscripts, and through data.py and evaluate.py."""
+    """Score files of (predicted, true) label ids by cityscapesscripts, and by data.py and evaluate.py."""
     names, total = [[], []], 0
     for i, pair in enumerate(pairs):
         for kind, ids, listed in zip(("pred", "gt"), pair, names):
@@ -33,7 +37,7 @@ def assert_equal_scores(pairs, folder):
         total += evaluate.confusion_matrix(prediction, label)
     ours, theirs = evaluate.scores(total), official.evaluateImgLists(*names, OPTIONS)
 
-    # Pixels by label ids; rows of void are no truth. Classes as cityscapesscripts has them.
+    # Pixels by label id; void is not part of the truth. Classes as cityscapesscripts defines them.
     confusion = np.array(theirs["confMatrix"])[EVALUATED]
     in_truth, predicted = confusion.sum(1) > 0, confusion.sum(0)[EVALUATED] > 0
     means = {}
@@ -41,7 +45,7 @@ def assert_equal_scores(pairs, folder):
         if in_truth[i]:
             means[name] = theirs["classScores"][name]
             assert iou == pytest.approx(means[name], abs=1e-9), name
-        else:  # the one difference: theirs counts a class that is only predicted as 0, ours as absent
+        else:  # the one difference: a class that is only predicted counts as 0 for them, as absent for us
             expected = 0 if predicted[i] else math.nan
             assert math.isnan(iou) and theirs["classScores"][name] == pytest.approx(expected, nan_ok=True), name
     assert ours["miou"] == pytest.approx(official.getScoreAverage(means, OPTIONS), abs=1e-9, nan_ok=True)
@@ -53,7 +57,7 @@ def assert_equal_scores(pairs, folder):
 
 
 def ids_of(choices, seed, shape=(2, 24, 40), block=1):
-    """Some maps of label ids out of `choices`, constant over blocks."""
+    """Random maps of the label ids in `choices`, constant over blocks."""
     small = np.random.default_rng(seed).choice(choices, (shape[0], *(side // block for side in shape[1:]))).astype(np.uint8)
     return small.repeat(block, 1).repeat(block, 2)
 
@@ -63,8 +67,8 @@ def ids_of(choices, seed, shape=(2, 24, 40), block=1):
     ("in_prediction", "in_truth"),
     [
         (EVALUATED, EVALUATED),
-        (EVALUATED, EVERY_ID),  # void among the truth
-        (EVALUATED, [*EVALUATED[:7], *EVERY_ID[:7]]),  # classes that are missing from the truth,
+        (EVALUATED, EVERY_ID),  # void in the truth
+        (EVALUATED, [*EVALUATED[:7], *EVERY_ID[:7]]),  # classes missing from the truth,
         (EVALUATED[5:9], EVERY_ID),  # from the prediction,
         (EVALUATED[:12], [*EVALUATED[4:14], 0, 9]),  # from either and from both
         ([26], [26]),
@@ -107,13 +111,13 @@ def test_scores_of_a_confusion_made_by_hand():
     # Truth: 4 pixels of class 0, 6 of class 1, none of class 2, which is predicted once.
     result = evaluate.scores(torch.tensor([[3, 1, 0], [2, 3, 1], [0, 0, 0]]))
     assert result["iou"][:2].tolist() == pytest.approx([3 / 6, 3 / 7])
-    assert math.isnan(result["iou"][2])  # absent from the truth: counts in no mean
+    assert math.isnan(result["iou"][2])  # absent from the truth: left out of the means
     assert result["miou"] == pytest.approx((3 / 6 + 3 / 7) / 2)
     assert result["fwiou"] == pytest.approx((4 * 3 / 6 + 6 * 3 / 7) / 10)
     assert result["pixel_accuracy"] == pytest.approx(6 / 10)
 
 
-def test_a_class_of_the_truth_never_predicted_counts_as_zero():
+def test_a_class_that_is_never_predicted_counts_as_zero():
     result = evaluate.scores(torch.tensor([[4, 0], [3, 0]]))
     assert result["iou"].tolist() == pytest.approx([4 / 7, 0]) and result["miou"] == pytest.approx(2 / 7)
 
@@ -140,8 +144,8 @@ def test_confusion_matrix_refuses_what_it_would_miscount():
 
 
 @pytest.mark.parametrize("size", [(6, 8), (12, 16), (13, 9)])
-def test_logits_are_resized_bilinearly_before_the_choice(size):
-    """Pixel centres on pixel centres: output i of n looks at (i + 1/2) * side / n - 1/2, held at the borders."""
+def test_logits_are_resized_bilinearly_before_argmax(size):
+    """Pixel centres are aligned: output i of n samples (i + 1/2) * side / n - 1/2, clamped at the borders."""
     logits = torch.randn(1, 3, 6, 8)
     image = torch.randint(256, (3, 6, 8), dtype=torch.uint8)
 
@@ -165,19 +169,101 @@ def test_a_row_is_in_percent_with_empty_cells_for_absent_classes():
     assert {name: cell for name, cell in row.items() if cell != ""} == expected
 
 
-def row(miou, **iou):
-    return {"mIoU": miou} | dict.fromkeys(data.CLASS_NAMES, "10.00") | iou
+@pytest.fixture
+def run(tmp_path):
+    """A data set of two frames in the GTA5 layout, and a run whose network predicts road everywhere."""
+    for part in ("images", "labels"):
+        (tmp_path / "frames" / part).mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(np.full((24, 48, 3), 90 * i, np.uint8)).save(tmp_path / "frames" / "images" / f"{i}.png")
+        label = np.full((24, 48), 26, np.uint8)  # car
+        label[: 12 * i] = 7  # road in a quarter of all pixels
+        Image.fromarray(label).save(tmp_path / "frames" / "labels" / f"{i}.png")
+    segmenter = models.UNet(encoder="efficientnet-b0")
+    segmenter.head.weight.data.zero_()
+    segmenter.head.bias.data.copy_(torch.eye(19)[0])
+    (tmp_path / "run").mkdir()
+    torch.save(models.network_state(segmenter, 32), tmp_path / "run" / "weights.pt")
+    return tmp_path / "run"
 
 
-def test_table3_is_the_recovered_part():
-    rows = evaluate.table3(
-        row("20.00", car="30.00", train="", bus="50.00"),
-        row("30.00", car="70.00", train="", bus="60.00"),
-        row("45.00", car="60.00", train="", bus="40.00"),
-    )
-    table = {r["class"]: r for r in rows}
-    assert list(table) == [*data.CLASS_NAMES, "mIoU"]
-    assert table["mIoU"] == {"class": "mIoU", "source_gap": "25.00", "clada_gap": "15.00", "recovered": "40.0"}
-    assert table["car"]["recovered"] == "133.3"  # above the Oracle
-    assert table["train"] == {"class": "train", "source_gap": "", "clada_gap": "", "recovered": ""}
-    assert table["bus"]["recovered"] == "" and table["bus"]["source_gap"] == "-10.00"  # no gap to recover
+@pytest.fixture
+def call(run, monkeypatch, capsys):
+    """Call evaluate.py on that run with more words -> what it prints."""
+
+    def call(*words):
+        fixed = ["--segmenter", run, "--data", run.parent / "frames", "--device", "cpu", "--workers", "0"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (*fixed, *words))])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+ROAD = {"mIoU": "12.50", "fwIoU": "6.25", "pixel_accuracy": "25.00", "road": "25.00", "car": "0.00"}
+DONE = "CLADA: evaluated\n"
+
+
+def test_an_evaluation_is_noted_in_its_run_and_not_repeated(call, run):
+    assert call() == "run: mIoU 12.50, fwIoU 6.25, pixel_accuracy 25.00\n"
+    assert json.loads((run / "evaluation.json").read_text())["row"]["model"] == "run"
+    assert call("--skip-done", "--name", "CLADA") != DONE  # a row of another name
+    row = json.loads((run / "evaluation.json").read_text())["row"]
+    assert {column: cell for column, cell in row.items() if cell} == {"model": "CLADA", **ROAD}
+    assert call("--skip-done", "--name", "CLADA") == DONE
+    assert call("--skip-done", "--name", "CLADA", "--precision", "bf16") != DONE
+    assert call("--name", "CLADA", "--precision", "bf16") != DONE  # without --skip-done
+
+
+def test_out_adds_or_replaces_a_row_and_is_part_of_what_is_done(call, run):
+    out = run.parent / "tables" / "t.csv"
+    assert call("--name", "CLADA") != DONE
+    assert call("--name", "CLADA", "--skip-done", "--out", out) != DONE  # the table lacks the row
+    assert call("--name", "CLADA", "--skip-done", "--out", out) == DONE
+    call("--name", "CUT", "--out", out)
+    assert call("--name", "CLADA", "--skip-done", "--out", out) != DONE  # evaluation.json is CUT's
+    rows = table(out)
+    assert [row["model"] for row in rows] == ["CLADA", "CUT"] and list(rows[0]) == list(evaluate.COLUMNS)
+    assert {column: cell for column, cell in rows[1].items() if cell} == {"model": "CUT", **ROAD}
+
+
+def test_out_must_be_a_table_of_scores_outside_the_data(call, run):
+    (run / "log.csv").write_text("iteration,loss\n1,2.5\n")
+    with pytest.raises(ValueError, match=r"log.csv: no column model, mIoU"):
+        call("--out", run / "log.csv")
+    with pytest.raises(OSError, match="directory"):
+        call("--out", run)
+    with pytest.raises(ValueError, match="--save-predictions .*frames.* only read"):
+        call("--save-predictions", run.parent / "frames" / "p")
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_into_a_table_alone(call, run, caplog):
+    (run / "evaluation.json").mkdir()
+    with pytest.raises(OSError, match="evaluation.json"):
+        call()
+    call("--out", run.parent / "t.csv")
+    assert table(run.parent / "t.csv")[0]["mIoU"] == "12.50" and "evaluation.json: not written" in caplog.text
+
+
+ROW = dict.fromkeys(evaluate.COLUMNS, "1.00")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1]",
+        '{"frames"',
+        '{"frames": ""}',
+        '{"row": 1}',
+        '{"row": {"model": "CUT"}}',
+        json.dumps({"row": ROW | {"mIoU": 1}}),
+    ],
+)
+def test_an_evaluation_that_is_damaged_or_foreign_is_refused_by_name(call, run, content):
+    (run / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"evaluation\.json: "):
+        call("--skip-done")
+    (run / "evaluation.json").write_text(json.dumps({"row": ROW, "frames": "1 frames"}))
+    assert evaluate.read_evaluation(run / "evaluation.json") == (ROW, {"frames": "1 frames"})

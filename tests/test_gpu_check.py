@@ -1,5 +1,7 @@
-"""tools/gpu_check.py: its logic on the CPU, that it reports what is wrong; and what only a GPU can show (marker cuda)."""
+"""tools/gpu_check.py: its logic on the CPU; that it reports what is wrong; and what only a GPU can show (marker cuda)."""
 
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -9,11 +11,16 @@ import sys
 import time
 from types import SimpleNamespace
 
+import gpu_check
+import gpu_compare
+import gpu_harness
+import gpu_steps
 import graphs
 import pytest
+import steps
 import torch
 import torch.nn.functional as F
-from commands import ROOT, run
+from commands import ROOT, script
 
 import models
 import optimization
@@ -21,70 +28,76 @@ import runtime
 import train_translator
 import training
 
-sys.path.insert(0, str(ROOT / "tools"))
-import gpu_check
-
-CUDA = torch.device("cuda")
-
-
-def check(out, *words, code=None):
-    """The tiny run on the CPU; code: Python that is run in its place, once gpu_check is imported."""
-    arguments = ["--device", "cpu", "--tiny", "--out", str(out), *words]
-    text = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\nimport gpu_check, models, torch\n{code or ''}\n"
-    result = run(sys.executable, "-c", f"{text}sys.exit(gpu_check.main({arguments!r}))")
-    return result, json.loads((out / "check.json").read_text())
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZES = dict(channels=8, encoder="efficientnet-b0")
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """What main() sets before any part."""
+    """What main() sets before it runs any part."""
     settings = dict(tiny=True, device="cpu", out=tmp_path, work=tmp_path, pid=os.getpid(), losses={})
-    job = SimpleNamespace(**gpu_check.TINY, **settings, end=time.monotonic() + 60)
-    monkeypatch.setattr(gpu_check, "job", job)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at these sizes threads wait for each other longer than they compute
-    yield job
-    torch.set_num_threads(threads)
+    for name, value in (gpu_check.TINY | settings | {"end": time.monotonic() + 60}).items():
+        monkeypatch.setattr(gpu_harness.job, name, value, raising=False)
+    return gpu_harness.job
 
 
-# --- the tiny run
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Run the command at tiny sizes within this process -> (exit status, content of check.json)."""
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "" if name.startswith("CUDA") else "1")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*words, device="cpu"):
+        status = gpu_check.main(["--device", device, "--tiny", "--out", str(tmp_path), *words])
+        return status, json.loads((tmp_path / "check.json").read_text())
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    vars(gpu_harness.job).clear()
 
 
-def test_parts_a_and_d_run_without_a_gpu(tmp_path):
-    result, summary = check(tmp_path, "--parts", "A", "D")
-    assert result.returncode == 0 and summary["failed"] == [], result.stdout + result.stderr
+# --- The tiny run
+
+
+def test_parts_a_and_d_run_without_a_gpu(check, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "PARTS", [part for part in gpu_check.PARTS if "variants" not in part[1]])  # slow
+    status, summary = check("--parts", "A", "D")
+    assert status == 0 and summary["failed"] == []
     rows = {f"{row['part']} {row['what']}": row for row in summary["results"]}
     for kind in ("cyclegan", "cut", "fastcut", "fastcut_l5", "stage 3", "stage 4"):
         for precision in ("float32", "bf16"):
             assert any(name.startswith(f"A {kind} {precision}") and row["status"] == "ok" for name, row in rows.items())
         assert rows[f"A {kind} TF32"]["status"] == "not on this device"
-    assert rows["D fastcut_l5 bf16, as it is"]["value"] > 0 and rows["D cyclegan bf16, torch.compile"]["value"] > 0
-    assert "channels_last" in rows["A memory formats (output/gradient) of fastcut_l5's G"]["note"]
+    assert rows["D fastcut_l5 bf16, as trained"]["value"] > 0 and rows["D cyclegan float32, as trained"]["value"] > 0
+    assert "channels_last" in rows["A memory formats (output/gradient), fastcut_l5, G"]["note"]
     assert not any(row["status"] in ("error", "skipped") for row in rows.values())
     assert [json.loads(line) for line in (tmp_path / "check.jsonl").read_text().splitlines()] == summary["results"]
-    assert result.stdout.count("D fastcut_l5 bf16, as it is") == 2  # as it came, and in the table
+    assert "D fastcut_l5 bf16, as trained" in capfd.readouterr().out
 
 
 @pytest.mark.slow
 def test_all_parts_run_without_a_gpu(tmp_path):
-    result, summary = check(tmp_path)
+    result = script("tools/gpu_check.py", "--device", "cpu", "--tiny", "--out", tmp_path)
+    summary = json.loads((tmp_path / "check.json").read_text())
     assert result.returncode == 0 and summary["failed"] == [], result.stdout + result.stderr
     assert {row["part"] for row in summary["results"]} == {"", *"ABCDEFGHI"}
     assert not any(row["status"] in ("error", "skipped") for row in summary["results"])
     assert summary["hours"]["total"]["hours"] > 0
 
 
-def test_a_part_that_does_not_fit_is_left_out_and_others_results_stay(tmp_path):
+def test_a_part_that_does_not_fit_is_skipped_and_other_parts_results_stay(check, tmp_path, capfd):
     kept = dict(part="H", what="stage 2", value=80.0, unit="frames/s", limit=None, status="measured", note="")
     (tmp_path / "check.jsonl").write_text(json.dumps(kept) + "\n")
-    result, summary = check(tmp_path, "--parts", "B", "--seconds", "30")
-    assert result.returncode == 0 and [row["status"] for row in summary["results"]] == ["measured", "measured", "skipped"]
-    assert summary["results"][0] == kept and "are left" in result.stdout
+    status, summary = check("--parts", "B", "--seconds", "30")
+    assert status == 0 and [row["status"] for row in summary["results"]] == ["measured", "measured", "skipped"]
+    assert summary["results"][0] == kept and "s are left" in capfd.readouterr().out
 
 
-def test_a_device_that_is_not_there_is_one_line(tmp_path):
-    result = run(sys.executable, ROOT / "tools" / "gpu_check.py", "--device", "cuda", "--out", tmp_path)
-    assert result.returncode != 0 and result.stderr.count("\n") == 1 and "--device cuda" in result.stderr
+def test_a_missing_device_is_reported_in_one_line(check):
+    with pytest.raises(SystemExit) as stop:
+        check(device="cuda:99")
+    assert "--device cuda:99" in stop.value.code and "\n" not in stop.value.code
 
 
 def test_a_signal_leaves_no_process_behind(tmp_path):
@@ -97,42 +110,39 @@ def test_a_signal_leaves_no_process_behind(tmp_path):
     assert process.wait(20) == 143 and not list(tmp_path.glob("gpu_check*"))
     for path in os.scandir("/proc"):
         if path.name.isdigit():
-            try:
-                with open(f"/proc/{path.name}/cmdline") as file:
-                    assert str(tmp_path) not in file.read()
-            except OSError:
-                pass
+            with contextlib.suppress(OSError), open(f"/proc/{path.name}/cmdline") as file:
+                assert str(tmp_path) not in file.read()
 
 
-# --- wrong results are reported
-
-FAULT = """
-real = gpu_check.build
-def build(kind, device, size, batch=1, dtype=torch.float32, **options):
-    made = real(kind, device, size, batch, dtype, **options)
-    if dtype == torch.float32:
-        next(iter(made.networks.values())).head.weight.data[0, 0] *= 1.1
-    return made
-gpu_check.build, gpu_check.METHODS = build, ("fastcut_l5",)
-"""
+# --- Wrong results are reported
 
 
-def test_a_wrong_weight_is_a_failed_check_and_status_1(tmp_path):
-    result, summary = check(tmp_path, "--parts", "A", "--seconds", "80", code=FAULT)
-    assert result.returncode == 1, result.stdout + result.stderr
-    failed = [name for name in summary["failed"] if "float32" in name]
-    assert [name.split(" float32")[0] for name in failed] == ["A fastcut_l5", "A stage 3", "A stage 4"]
+def test_a_wrong_weight_is_a_failed_check_and_status_1(job, monkeypatch):
+    def build(kind, device, size, batch=1, dtype=torch.float32, **options):
+        made = steps.build(kind, device, size, batch, dtype, **options)
+        if dtype == torch.float32:
+            next(iter(made.networks.values())).head.weight.data[0, 0] *= 1.1
+        return made
+
+    monkeypatch.setattr(gpu_compare, "build", build)
+    monkeypatch.setattr(gpu_compare, "METHODS", ("fastcut_l5",))
+    gpu_compare.compare_with_cpu()
+    failed = [row["what"] for row in gpu_harness.recorded() if row["status"] == "FAILED" and "float32" in row["what"]]
+    assert [what.split(" float32")[0] for what in failed] == ["fastcut_l5", "stage 3", "stage 4"]
+    assert gpu_check.conclude() == 1
 
 
-def judged(job, kind, precision, found):
-    cpu = torch.device("cpu")
-    exact, own = (gpu_check.evaluate_step(kind, cpu, each) for each in ("float64", "bf16"))
-    gpu_check.judge(kind, precision, exact, own, found)
-    return gpu_check.recorded()[-1]["status"]
+evaluated = functools.cache(lambda kind, precision: gpu_compare.evaluate_step(kind, CPU, precision))
+
+
+def judged(kind, precision, found):
+    """The status of a check of `found` against the same step in float64."""
+    gpu_compare.judge(kind, precision, evaluated(kind, "float64"), evaluated(kind, "bf16"), found)
+    return gpu_harness.recorded()[-1]["status"]
 
 
 def test_a_gradient_that_is_wrong_at_the_border_alone_is_seen(job, monkeypatch):
-    """Outputs are all right; a corner of the padding's gradient is not handed on."""
+    """All outputs are right; the padding drops the gradient of one corner."""
     right = models.ReflectPad2d.backward
 
     def wrong(ctx, gradient):
@@ -140,97 +150,98 @@ def test_a_gradient_that_is_wrong_at_the_border_alone_is_seen(job, monkeypatch):
         gradient[..., 0, 0] = 0
         return right(ctx, gradient)
 
-    monkeypatch.setattr(models, "reflect_pad", gpu_check.strips)
-    assert judged(job, "fastcut_l5", "float32", gpu_check.evaluate_step("fastcut_l5", torch.device("cpu"), "float32")) == "ok"
-    with monkeypatch.context() as patch:
-        patch.setattr(models.ReflectPad2d, "backward", staticmethod(wrong))
-        found = gpu_check.evaluate_step("fastcut_l5", torch.device("cpu"), "float32")
-    assert judged(job, "fastcut_l5", "float32", found) == "FAILED"
+    monkeypatch.setattr(models, "reflect_pad", gpu_steps.strips)
+    assert judged("fastcut_l5", "float32", evaluated("fastcut_l5", "float32")) == "ok"
+    monkeypatch.setattr(models.ReflectPad2d, "backward", staticmethod(wrong))
+    assert judged("fastcut_l5", "float32", gpu_compare.evaluate_step("fastcut_l5", CPU, "float32")) == "FAILED"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1.1])
 @pytest.mark.parametrize("name", ["output", "loss nce_x", "gradients of D"])
 def test_each_number_counts(job, bad, name):
-    found = gpu_check.evaluate_step("cut", torch.device("cpu"), "bf16")
-    found[name] = found[name] * bad
-    assert judged(job, "cut", "bf16", found) == "FAILED"
+    found = evaluated("cut", "bf16")
+    assert judged("cut", "bf16", found | {name: found[name] * bad}) == "FAILED"
 
 
-# --- processes and arithmetic
+# --- Processes and arithmetic
 
 
 def test_a_process_that_hangs_dies_or_fails_is_an_error_of_one_line(job):
-    begun = time.monotonic()
-    for function, words, said in (
+    started = time.monotonic()
+    for function, words, message in (
         (time.sleep, [60], "too long"),
         (os._exit, [3], "status 3"),
         (signal.raise_signal, [signal.SIGKILL], "status -9"),
         (int, ["x\ny"], "ValueError: invalid literal"),
     ):
-        with pytest.raises(gpu_check.Failed, match=said):
-            gpu_check.isolated(function, *words, limit=0.5)
-    assert gpu_check.isolated(max, 1, 2, limit=5) == 2
-    with pytest.raises(gpu_check.Failed, match="status 4: nothing there"):
-        gpu_check.command("sh", "-c", "echo begun; echo nothing there; exit 4", limit=5)
-    assert time.monotonic() < begun + 10 and not gpu_check.groups
+        with pytest.raises(gpu_harness.Failed, match=message):
+            gpu_harness.isolated(function, *words, limit=0.5)
+    assert gpu_harness.isolated(max, 1, 2, limit=5) == 2
+    with pytest.raises(gpu_harness.Failed, match="status 4: nothing there"):
+        gpu_harness.command("sh", "-c", "echo started; echo nothing there; exit 4", limit=5)
+    assert time.monotonic() < started + 10 and not gpu_harness.groups
 
 
 def test_hours_of_the_experiment(job):
-    values = {"D": {f"{kind} bf16, as it is": ms for kind, ms in (("fastcut_l5", 9.0), ("cut", 18.0), ("cyclegan", 27.0))}}
-    values["E"] = {"stage 3 bf16, encoder frozen": 9.0, "stage 3 bf16, as it is": 18.0, "stage 4 bf16, as it is": 36.0}
+    values = {"D": {f"{kind} bf16, as trained": ms for kind, ms in (("fastcut_l5", 9.0), ("cut", 18.0), ("cyclegan", 27.0))}}
+    values["E"] = {"stage 3 bf16, encoder frozen": 9.0, "stage 3 bf16, as trained": 18.0, "stage 4 bf16, as trained": 36.0}
     values["F"] = {"stage 1, --cache": 50.0, "stage 3, --cache": 1000.0, "stage 4, --cache": 1000.0}
     values |= {"H": {"stage 2": 24_966 / 3600}, "I": {"FID's features": (4 * 24_966 + 2_975) / 3600}}
     rows = [dict(part=p, what=w, value=v, status="measured") for p, part in values.items() for w, v in part.items()]
-    hours = gpu_check.hours(rows)
+    hours = gpu_harness.hours(rows)
     assert hours["stage 1, FastCUT-L5"]["hours"] == pytest.approx(400_000 * 0.020 / 3600)  # waits for data
     assert hours["stage 1, CycleGAN"]["hours"] == pytest.approx(3.0)
     assert hours["stage 3, five models, then"]["hours"] == pytest.approx(2.0)
     assert hours["total"]["hours"] == pytest.approx(2.2222 + 2.2222 + 3 + 0.5 + 2 + 0.4 + 3 + 1 + 0.1402, abs=1e-3)
     job.tiny = False
-    held = {row["what"]: row["holds"] for row in gpu_check.targets(rows)}
-    assert held["FastCUT-L5, ms per step (paper 170)"] is True and held["CUT, ms per step (paper 321)"] is False
-    assert held["stage 1, waiting for data, % of the time"] is None and held["the whole experiment, hours"] is False
-    assert gpu_check.hours(rows[1:]) == {"missing": "D fastcut_l5 bf16, as it is"}
+    holds = {row["what"]: row["holds"] for row in gpu_harness.targets(rows)}
+    assert holds["FastCUT-L5, ms per step (paper 170)"] is True and holds["CUT, ms per step (paper 321)"] is False
+    assert holds["stage 1, waiting for data, % of the time"] is None and holds["the whole experiment, hours"] is False
+    assert gpu_harness.hours(rows[1:]) == {"missing": "D fastcut_l5 bf16, as trained"}
 
 
-# --- steps and what is measured of them
+# --- Steps and what is measured of them
 
 
-@pytest.mark.parametrize("kind", ["cyclegan", "stage 4"])
-def test_a_replayed_step_is_held_to_the_step(job, monkeypatch, kind):
-    graphs.stand_in(monkeypatch)
-    made = gpu_check.build(kind, torch.device("cpu"), 64, 1 if kind == "cyclegan" else 2)
-    step = optimization.GraphedStep(gpu_check.functools.partial(made.step, runtime.autocast(torch.device("cpu"), "fp32")), CUDA)
+def replayed(kind, size, batch):
+    """A step after its graph was recorded, with what it was built from."""
+    made = steps.build(kind, CPU, size, batch, **SIZES)
+    step = optimization.GraphedStep(functools.partial(made.step, runtime.autocast(CPU, "fp32")), CUDA)
     for _ in range(optimization.WARM_UP + 1):
         step(*made.inputs)
-    with pytest.raises(gpu_check.Failed, match="ignores the learning rate"):  # which is a number on the CPU
-        gpu_check.graph_off(made, step)
+    return made, step
+
+
+def test_a_graph_that_ignores_the_learning_rate_is_seen(job, monkeypatch):
+    graphs.stand_in(monkeypatch)
+    with pytest.raises(gpu_harness.Failed, match="ignores the learning rate"):  # which is a number on the CPU
+        gpu_steps.graph_error(*replayed("stage 4", 64, 2))
 
 
 def test_a_replayed_step_that_is_right_passes(job, monkeypatch):
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, **options: adam(parameters, torch.tensor(lr), **options))
-    test_graph = graphs.stand_in(monkeypatch)
-    made = gpu_check.build("fastcut_l5", torch.device("cpu"), 32)
-    step = optimization.GraphedStep(gpu_check.functools.partial(made.step, runtime.autocast(torch.device("cpu"), "fp32")), CUDA)
-    for _ in range(optimization.WARM_UP + 1):
-        step(*made.inputs)
-    assert 0 <= gpu_check.graph_off(made, step) < 1e-5 and len(test_graph) == 3
+    replays = graphs.stand_in(monkeypatch)
+    assert 0 <= gpu_steps.graph_error(*replayed("fastcut_l5", 32, 1)) < 1e-5 and len(replays) == 3
 
 
-def test_variants_are_timed_and_held_to_the_step_as_it_is(job):
-    gpu_check.time_variants("D", "cyclegan", ["bf16, as it is", "bf16, default layout"], None)
-    rows = {row["what"]: row["status"] for row in gpu_check.recorded()}
-    assert list(rows) == [
-        "cyclegan bf16, as it is",
-        "cyclegan bf16, default layout: losses off by",
-        "cyclegan bf16, default layout",
-    ]
-    assert "FAILED" not in rows.values() and "error" not in rows.values()
+def test_variants_are_timed_and_compared_with_the_step_as_trained(job):
+    names = ["bf16, as trained", "bf16, default layout", "bf16, padding gathered, no bias before norms"]
+    gpu_steps.time_variants("D", "cyclegan", names, None)
+    results = gpu_harness.recorded()
+    compared = [[f"cyclegan {name}: losses off by", f"cyclegan {name}"] for name in names[1:]]
+    assert [row["what"] for row in results] == [f"cyclegan {names[0]}", *itertools.chain(*compared)]
+    assert {row["status"] for row in results} == {"ok", "measured"}
+
+
+def test_gathered_padding_is_torchs():
+    x = torch.randn(2, 5, 9, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(gpu_steps.GatheredPad.apply(x, 3), F.pad(x, (3,) * 4, "reflect"))
+    assert torch.autograd.gradcheck(gpu_steps.GatheredPad.apply, (x, 3))
 
 
 def test_what_is_measured_on_cuda(job, monkeypatch):
-    """Two kernels and a copy per step in 2 of 4 ms; marks of the profiler and what the CPU does are not counted."""
+    """Two kernels and a copy take 2 of 4 ms; the profiler's annotations and the CPU's operations do not count."""
     clock = itertools.count(0, 4)
 
     class Event:
@@ -249,43 +260,32 @@ def test_what_is_measured_on_cuda(job, monkeypatch):
 
     step = [event("gemm", us=1200), event("norm", us=600), event("Memcpy DtoD", us=200)]
     noise = [event("Optimizer.step#Adam.step"), event("aten::add", "CPU")]
-    profile = gpu_check.contextlib.nullcontext(SimpleNamespace(events=lambda: 3 * step + noise))
+    profile = contextlib.nullcontext(SimpleNamespace(events=lambda: 3 * step + noise))
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
-    found = gpu_check.timed(lambda: None, CUDA)
-    assert found == {
-        "ms": 4,
-        "kernels": 2,
-        "of the time busy": 0.5,
-        "MiB": 3,
-        "s to start": 0,
-        "ms to launch": 0,
-        "most_time": found["most_time"],
-    }
-    assert found["most_time"] == {
-        "gemm": pytest.approx((1, 1.2)),
-        "norm": pytest.approx((1, 0.6)),
-        "Memcpy DtoD": pytest.approx((1, 0.2)),
-    }
+    found = gpu_steps.timed(lambda: None, CUDA)
+    times = {"gemm": (1, 1.2), "norm": (1, 0.6), "Memcpy DtoD": (1, 0.2)}
+    assert found.pop("most_time") == {name: pytest.approx(each) for name, each in times.items()}
+    expected = {"ms": 4, "kernels": 2, "of the time busy": 0.5, "MiB": 3, "s to start": 0, "ms to launch": 0}
+    assert found == expected
 
 
 def test_compiled_networks_take_the_same_step_with_the_padding_of_cuda(job, monkeypatch):
-    """And torch.compile can trace models.ReflectPad2d."""
-    monkeypatch.setattr(models, "reflect_pad", gpu_check.strips)
-    cpu, losses = torch.device("cpu"), []
+    """torch.compile can trace models.ReflectPad2d."""
+    monkeypatch.setattr(models, "reflect_pad", gpu_steps.strips)
+    losses = []
     for is_compiled in (False, True):
-        made = gpu_check.build("fastcut_l5", cpu, 32)
+        made = steps.build("fastcut_l5", CPU, 32, **SIZES)
         if is_compiled:
-            gpu_check.compile_networks(made)
-        found = made.step(runtime.autocast(cpu, "fp32"))[1]
-        losses.append(torch.stack([loss.detach() for loss in found.values()]))
+            gpu_steps.compile_networks(made)
+        losses.append(torch.stack([loss.detach() for loss in made.step(runtime.autocast(CPU, "fp32"))[1].values()]))
     torch.testing.assert_close(*losses)
 
 
-# --- on a GPU
+# --- On a GPU
 
 
 @pytest.mark.cuda
@@ -303,35 +303,35 @@ def test_padding_on_cuda_is_torchs_in_the_format_of_its_input(layout):
 
 
 TWICE = """
-import torch
-gpu_check.job.__dict__.update(gpu_check.TINY)
-device = gpu_check.runtime.pick_device("cuda", tf32=True, deterministic=True)
+import sys
+sys.path.insert(0, {tools!r})
+import gpu_steps, runtime, steps, torch
+device = runtime.pick_device("cuda", tf32=True, deterministic=True)
 for kind in ("cut", "cyclegan", "stage 3", "stage 4"):
     found = []
     for _ in range(2):
-        made = gpu_check.build(kind, device, 64, 2)
+        made = steps.build(kind, device, 64, 2, channels=8, encoder="efficientnet-b0")
         for k in range(3):
             torch.manual_seed(k)
-            made.step(gpu_check.runtime.autocast(device, "bf16"))
-        found.append(gpu_check.tensors_of([network.state_dict() for network in made.networks.values()]))
+            made.step(runtime.autocast(device, "bf16"))
+        found.append(gpu_steps.tensors_of([network.state_dict() for network in made.networks.values()]))
     assert all(map(torch.equal, *found)), kind
-sys.exit()
 """
 
 
 @pytest.mark.cuda
-def test_deterministic_steps_are_the_same_twice(tmp_path):
-    text = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\nimport gpu_check\n{TWICE}"
+def test_deterministic_steps_are_the_same_twice():
+    text = TWICE.format(tools=str(ROOT / "tools"))
     result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.cuda
-def test_a_run_begun_on_the_cpu_steps_on_cuda_as_if_unbroken(tmp_path):
-    """Adam's moments come from contiguous weights, and go to weights in channels_last."""
+def test_a_run_started_on_the_cpu_resumes_on_cuda(tmp_path):
+    """Adam's moments, saved for contiguous weights, are loaded for weights in channels_last."""
 
     def three_steps(out, devices):
-        for steps, device in enumerate(devices, 2):
+        for last, device in enumerate(devices, 2):
             words = f"--source s --target t --method cut --out {out} --device {device} --workers 0 --precision fp32"
             words += " --iterations 3 --save-every 1"
             run = training.Run(train_translator.parse_args(words.split()))
@@ -343,7 +343,7 @@ def test_a_run_begun_on_the_cpu_steps_on_cuda_as_if_unbroken(tmp_path):
             for iteration, x in run.iterations(torch.randn(3, 3, 8, 8, dtype=torch.float64)):
                 optimization.backward_and_step(optimizer, network(x).square().sum())
                 run.log({})
-                if iteration + 1 == steps and steps < 3:
+                if iteration + 1 == last and last < 3:
                     break
             run.lock.close()
         return network.weight.detach().cpu()

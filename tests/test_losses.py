@@ -4,11 +4,23 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
-from losses import gan_loss, patch_nce_loss, segmentation_loss
+from losses import at_least_float32, discriminator_loss, gan_loss, l1_loss, patch_nce_loss, segmentation_loss
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.uint8, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_at_least_float32_keeps_higher_precision(dtype, expected):
+    x = torch.tensor([0, 1, 3]).to(dtype)
+    assert at_least_float32(x).dtype == expected and at_least_float32(x).tolist() == [0, 1, 3]
 
 
 def unit_vectors(*shape, seed=0):
@@ -17,7 +29,7 @@ def unit_vectors(*shape, seed=0):
 
 
 def double_loop(query, positive, tau):
-    """Equation 3 as it is written, a location at a time."""
+    """Equations 2 and 3, one location at a time."""
     total, (b, s, _) = 0.0, query.shape
     for image in range(b):  # images do not see each other's patches
         for i in range(s):
@@ -26,59 +38,23 @@ def double_loop(query, positive, tau):
     return total / (b * s)
 
 
-@pytest.mark.parametrize(("b", "s", "tau"), [(1, 1, 0.07), (1, 9, 0.07), (3, 5, 0.5), (3, 2, 0.07)])
+@pytest.mark.parametrize(("b", "s", "tau"), [(1, 1, 0.07), (1, 40, 0.07), (3, 5, 0.5), (3, 2, 0.07)])
 def test_patch_nce_is_the_double_loop(b, s, tau):
     query, positive = unit_vectors(b, s, 8, seed=1), unit_vectors(b, s, 8, seed=2)
-    assert patch_nce_loss(query, positive, tau).item() == pytest.approx(double_loop(query, positive, tau), rel=1e-12)
+    expected = double_loop(query, positive, tau)
+    assert patch_nce_loss(query, positive, tau).item() == pytest.approx(expected, rel=1e-12)
+    assert tau != 0.07 or patch_nce_loss(query, positive).item() == pytest.approx(expected, rel=1e-12)  # the default
 
 
-@pytest.mark.parametrize(("b", "s"), [(1, 256), (3, 16), (2, 1)])
-def test_patch_nce_is_cross_entropy_over_the_positive_and_n_negatives(b, s):
-    """Park et al. 2020 write it so: N + 1 logits a query, of which the first is right."""
-    query, positive = unit_vectors(b, s, 256, seed=1), unit_vectors(b, s, 256, seed=2)
-    costs = []
-    for image in range(b):
-        for i in range(s):
-            negatives = torch.cat([positive[image, :i], positive[image, i + 1 :]])  # (N, C)
-            logits = torch.cat([positive[image, i : i + 1], negatives]) @ query[image, i] / 0.07
-            costs.append(F.cross_entropy(logits[None], torch.tensor([0])))
-    assert patch_nce_loss(query, positive).item() == pytest.approx(torch.stack(costs).mean().item(), rel=1e-12)
-
-
-def test_patch_nce_tells_query_from_positive():
-    """It asks which positive belongs to a query, and not the contrary: exchanged, the two give another loss."""
-    query, positive = unit_vectors(1, 6, 4, seed=1), unit_vectors(1, 6, 4, seed=2)
-    assert abs(patch_nce_loss(query, positive) - patch_nce_loss(positive, query)) > 1e-3
-
-
-@given(b=st.integers(1, 3), s=st.integers(1, 40), seed=st.integers(0, 2**32))
-def test_patch_nce_does_not_depend_on_the_order_of_locations(b, s, seed):
-    query, positive = unit_vectors(b, s, 8, seed=seed), unit_vectors(b, s, 8, seed=seed + 1)
-    order = torch.randperm(s, generator=torch.Generator().manual_seed(seed))
-    loss = patch_nce_loss(query, positive).item()
-    assert patch_nce_loss(query[:, order], positive[:, order]).item() == pytest.approx(loss, rel=1e-9, abs=1e-12)
-
-
-def test_patch_nce_sends_gradient_to_the_query_alone():
+def test_patch_nce_sends_gradient_only_to_the_query():
     query, positive = unit_vectors(2, 4, 8, seed=1).requires_grad_(), unit_vectors(2, 4, 8, seed=2).requires_grad_()
     patch_nce_loss(query, positive).backward()
-    # The derivative of cross entropy: every positive weighted by its probability, less the right one; both over tau.
+    # The derivative of cross entropy: the mean of all positives, weighted by probability, minus the right one; over tau.
     with torch.no_grad():
         probability = (query @ positive.transpose(1, 2) / 0.07).softmax(-1)
         expected = (probability @ positive - positive) / 0.07 / 8
     torch.testing.assert_close(query.grad, expected, rtol=1e-9, atol=1e-12)
     assert positive.grad is None
-
-
-def test_patch_nce_keeps_images_apart():
-    query, positive = unit_vectors(3, 5, 8, seed=1).requires_grad_(), unit_vectors(3, 5, 8, seed=2)
-    alone = [patch_nce_loss(query[i : i + 1], positive[i : i + 1]) for i in range(3)]
-    assert patch_nce_loss(query, positive).item() == pytest.approx(sum(alone).item() / 3, rel=1e-12)
-    changed = positive.clone()
-    changed[1] = unit_vectors(5, 8, seed=3)
-    gradients = [torch.autograd.grad(patch_nce_loss(query, p), query)[0] for p in (positive, changed)]
-    same = [torch.equal(a, b) for a, b in zip(*gradients)]
-    assert same == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -93,7 +69,7 @@ def test_patch_nce_computes_half_precision_in_float32(dtype, autocast):
 
 @pytest.mark.parametrize("shapes", [((1, 4, 8), (1, 5, 8)), ((1, 4, 8), (1, 4, 9)), ((4, 8), (4, 8))])
 def test_patch_nce_refuses_other_shapes(shapes):
-    with pytest.raises(ValueError, match="must be one"):
+    with pytest.raises(ValueError, match="must be the same"):
         patch_nce_loss(*map(torch.zeros, shapes))
 
 
@@ -121,20 +97,47 @@ def test_gan_loss_is_its_formula(kind, is_real):
 @pytest.mark.parametrize("z", [-100.0, 100.0])
 @pytest.mark.parametrize(
     ("kind", "is_real", "value", "derivative"),
-    [  # at -100, then at 100; log(1 + exp(-100)) is nothing, log(1 + exp(100)) is 100
+    [  # at -100 and at 100; log(1 + exp(-100)) rounds to 0, log(1 + exp(100)) to 100
         ("lsgan", True, (10201, 9801), (-202, 198)),
         ("lsgan", False, (10000, 10000), (-200, 200)),
         ("vanilla", True, (100, 0), (-1, 0)),
         ("vanilla", False, (0, 100), (0, 1)),
     ],
 )
-def test_gan_loss_is_sound_far_out(kind, is_real, value, derivative, z, dtype):
+def test_gan_loss_is_stable_for_large_logits(kind, is_real, value, derivative, z, dtype):
     logits = torch.full((3,), z, dtype=dtype, requires_grad=True)
     loss = gan_loss(logits, is_real, kind)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(value[z > 0], rel=1e-6, abs=1e-12)
     assert logits.grad.float().tolist() == pytest.approx([derivative[z > 0] / 3] * 3, rel=5e-3, abs=1e-12)  # in `dtype`
+
+
+@pytest.mark.parametrize("kind", ["lsgan", "vanilla"])
+def test_discriminator_loss_is_the_mean_of_real_and_fake(kind):
+    """Real and fake logits may differ in number."""
+    real, fake = torch.randn(2, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    terms = []
+    for logits, is_real in ((real, True), (fake, False)):
+        values = [FORMULAS[kind, is_real][0](z) for z in logits.flatten().tolist()]
+        terms.append(sum(values) / len(values))
+    assert discriminator_loss(real, fake, kind).item() == pytest.approx(sum(terms) / 2, rel=1e-12)
+    if kind == "lsgan":
+        assert torch.equal(discriminator_loss(real, fake), discriminator_loss(real, fake, kind))  # the default
+
+
+def test_l1_loss_is_its_formula():
+    a = torch.tensor([[1.0, -2.0], [0.5, 4.0]], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([[0.0, 1.0], [2.5, 4.5]], dtype=torch.float64)
+    loss = l1_loss(a, b)
+    loss.backward()
+    assert loss.item() == (1 + 3 + 2 + 0.5) / 4 and a.grad.tolist() == [[0.25, -0.25], [-0.25, -0.25]]
+
+
+def test_l1_loss_computes_half_precision_in_float32():
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = torch.full((1000,), 100.5, dtype=dtype), torch.full((1000,), 1 / 128, dtype=dtype)
+        assert l1_loss(a, b).dtype == torch.float32 and l1_loss(a, b).item() == pytest.approx(100.5 - 1 / 128, rel=1e-6)
 
 
 def test_gan_loss_refuses_another_kind():

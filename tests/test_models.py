@@ -1,7 +1,8 @@
-"""models.py: networks against plain builds, sizes, shifts, receptive fields, features, PatchNCE, freezing, saving."""
+"""models.py: networks against their formulas, sizes, shifts, features, PatchNCE, freezing, saving and loading."""
 
+import functools
 import hashlib
-import shutil
+import json
 
 import efficientnet_pytorch.utils
 import pytest
@@ -42,19 +43,19 @@ def test_generator_keeps_every_size(size, batch, antialias):
 
 
 def normalised(x):
-    """Instance norm by its formula: each map of each image for itself."""
+    """Instance norm by its formula, over each map of each image."""
     return (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
 def blurred(x):
-    """Every map by the kernel (1, 2, 1) / 4 in both directions, over its reflection at the border."""
+    """Each map convolved with (1, 2, 1) / 4 in both directions, reflected at the border."""
     line = torch.tensor([1.0, 2.0, 1.0], dtype=x.dtype) / 4
     maps = F.pad(x, [1] * 4, "reflect").flatten(0, 1)[:, None]
     return F.conv2d(maps, line.outer(line)[None, None]).view_as(x)
 
 
 def interpolated(x):
-    """Twice the size: the pixels, and between two the mean of them; the last is repeated."""
+    """Twice the size: between two pixels stands their mean; the last row and column are repeated."""
     right = torch.cat([x[..., 1:], x[..., -1:]], -1)
     x = torch.stack([x, (x + right) / 2], -1).flatten(-2)
     below = torch.cat([x[..., 1:, :], x[..., -1:, :]], -2)
@@ -62,37 +63,47 @@ def interpolated(x):
 
 
 @pytest.mark.parametrize("antialias", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_generator_is_zhu_et_als(batch, antialias):
-    """c7s1-64, d128, d256, 9 x R256, u128, u64, c7s1-3, by functions, its parameters in the order in which data pass them."""
+@pytest.mark.parametrize(("batch", "size"), [(1, (24, 32)), (2, (25, 34)), (1, (27, 23))])
+def test_generator_and_its_features_are_their_formula(batch, size, antialias):
+    """Zhu et al. 2017: c7s1-64, d128, d256, 9 x R256, u128, u64, c7s1-3. Parameters come in the order in which they are used.
+
+    Features, Park et al. 2020: pixels, both downsampling convolutions before their norm, first and fifth residual block.
+    """
     generator = models.ResnetGenerator(base_channels=4, antialias=antialias).double()
     parameters = iter(generator.parameters())
 
     def conv(x, pad):
         return F.conv2d(F.pad(x, [pad] * 4, "reflect"), next(parameters), next(parameters))
 
-    x = torch.rand(batch, 3, 24, 32, dtype=torch.float64) * 2 - 1
+    x = torch.rand(batch, 3, *size, dtype=torch.float64) * 2 - 1
+    features, sizes = [x], []
     y = normalised(conv(x, 3)).relu()
     for _ in range(2):
-        stride = 1 if antialias else 2
-        y = normalised(F.conv2d(y, next(parameters), next(parameters), stride=stride, padding=1)).relu()
+        sizes.append(y.shape[-2:])
+        y = F.conv2d(y, next(parameters), next(parameters), stride=1 if antialias else 2, padding=1)
+        features.append(y)
+        y = normalised(y).relu()
         y = blurred(y)[..., ::2, ::2] if antialias else y
-    for _ in range(9):
+    for n in range(9):
         y = y + normalised(conv(normalised(conv(y, 1)).relu(), 1))
-    for _ in range(2):
+        features += [y] if n in (0, 4) else []
+    for height, width in reversed(sizes):
+        weight, bias = next(parameters), next(parameters)
         if antialias:
-            up = F.conv2d(interpolated(y), next(parameters), next(parameters), padding=1)
-        else:
-            up = F.conv_transpose2d(y, next(parameters), next(parameters), stride=2, padding=1, output_padding=1)
-        y = normalised(up).relu()
-    torch.testing.assert_close(generator(x), conv(y, 3).tanh())
+            y = F.conv2d(interpolated(y)[..., :height, :width], weight, bias, padding=1)
+        else:  # output pixel 2i is centred on input pixel i
+            y = F.conv_transpose2d(y, weight, bias, stride=2, padding=1, output_padding=1)[..., :height, :width]
+        y = normalised(y).relu()
+    image, found = generator(x, return_features=True)
+    torch.testing.assert_close(image, conv(y, 3).tanh())
+    torch.testing.assert_close(found, features)
     assert not list(parameters)
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_discriminator_is_isola_et_als(batch, antialias):
-    """C64-C128-C256-C512 and a last convolution, 4x4, no norm on the first, leaky ReLUs of slope 0.2."""
+def test_discriminator_is_its_formula(batch, antialias):
+    """C64-C128-C256-C512 and a last 4x4 convolution; no norm on the first; leaky ReLU of slope 0.2."""
     discriminator = models.PatchDiscriminator(base_channels=4, antialias=antialias).double()
     parameters = iter(discriminator.parameters())
     y = x = torch.rand(batch, 3, 64, 80, dtype=torch.float64) * 2 - 1
@@ -114,85 +125,32 @@ def test_translation_networks_start_from_small_normal_weights():
                 assert parameter.mean().abs() < 1e-3 and parameter.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_generator_refuses_what_is_too_small():
-    with pytest.raises(ValueError, match="16x16"):
+def test_generator_refuses_small_images_and_few_blocks():
+    with pytest.raises(ValueError, match="15x40.*16x16"):
         models.ResnetGenerator(base_channels=4)(torch.zeros(1, 3, 15, 40))
-
-
-def test_one_image_is_normalised_as_in_a_batch():
-    """Batch norm over one image is instance norm: the fast path changes nothing."""
-    generator = models.ResnetGenerator(base_channels=8)
-    x = torch.rand(2, 3, 32, 40) * 2 - 1
-    torch.testing.assert_close(torch.cat([generator(x[:1]), generator(x[1:])]), generator(x), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="n_blocks is 4"):
+        models.ResnetGenerator(n_blocks=4)
 
 
 @pytest.fixture
 def no_norm(monkeypatch):
-    """Instance norm looks at the whole map; without it a receptive field is that of the convolutions."""
+    """Remove instance norm, which depends on the whole map and so makes every receptive field that large."""
     monkeypatch.setattr(models.InstanceNorm2d, "forward", lambda self, x: x)
 
 
-def receptive_field(network, size):
-    """The sides of the input region that reaches one output, found by gradient."""
-    x = torch.rand(1, 3, size, size, requires_grad=True)
-    out = network(x)
-    out[0, :, out.shape[2] // 2, out.shape[3] // 2].sum().backward()
-    touched = x.grad.abs().sum((0, 1)).nonzero()
-    return (touched.amax(0) - touched.amin(0) + 1).tolist()
-
-
 def test_discriminator_sees_70_pixels(no_norm):
-    assert receptive_field(models.PatchDiscriminator(base_channels=4), 160) == [70, 70]
-
-
-# By hand: a k x k convolution adds (k - 1) times the stride so far; a block is two of 3 x 3; blurs are 3 x 3.
-@pytest.mark.parametrize(("antialias", "fields"), [(False, [1, 9, 13, 29, 93]), (True, [1, 9, 15, 35, 99])])
-def test_the_five_features_are_the_papers_layers(no_norm, antialias, fields):
-    generator = models.ResnetGenerator(base_channels=4, antialias=antialias)
-    assert [receptive_field(lambda x, i=i: generator.encode(x)[i], 160) for i in range(5)] == [[n, n] for n in fields]
-
-
-@pytest.mark.parametrize("antialias", [False, True])
-def test_features_of_the_downsampling_convolutions_are_taken_before_their_norm(antialias):
-    generator, x = models.ResnetGenerator(base_channels=4, antialias=antialias), torch.rand(1, 3, 40, 40)
-    found = {}
-    for name in ("down1", "down2"):
-        getattr(generator, name).register_forward_hook(lambda module, x, out, name=name: found.update({name: out}))
-    for i in (0, 4):
-        generator.blocks[i].register_forward_hook(lambda module, x, out, i=i: found.update({i: out}))
-    for feature, expected in zip(generator.encode(x), (x, found["down1"], found["down2"], found[0], found[4])):
-        assert torch.equal(feature, expected)
-
-
-def test_blurs_keep_a_constant_at_every_size():
-    for side in range(2, 20):
-        small = -(-side // 2)
-        down, up = models.Downsample(1)(torch.ones(1, 1, side, side)), torch.ones(1, 1, small, small)
-        assert torch.equal(down, up)  # the weights sum to one
-        assert torch.equal(models.Upsample(1)(up, (side, side)), torch.ones(1, 1, side, side))
-
-
-def test_blurs_keep_a_ramp_where_it_is():
-    """But for the borders, where it is reflected or ends: output i of the smaller map is at 2i of the larger."""
-    ramp = torch.arange(20.0).expand(1, 1, 20, 20)
-    down, up = models.Downsample(1)(ramp)[0, 0], models.Upsample(1)(ramp, (40, 40))[0, 0]
-    torch.testing.assert_close(down[:, 1:], (2 * torch.arange(1.0, 10)).expand(10, 9))
-    torch.testing.assert_close(up[:, :-1], (torch.arange(39.0) / 2).expand(40, 39))
-
-
-def test_blurs_treat_all_sides_alike():
-    delta = torch.zeros(1, 1, 21, 21)
-    delta[..., 10, 10] = 1
-    for y in (models.Downsample(1)(delta), models.Upsample(1)(delta, (41, 41))):
-        assert y.flatten().argmax() == y.numel() // 2
-        assert torch.allclose(y, y.flip(-1)) and torch.allclose(y, y.flip(-2)) and torch.allclose(y, y.mT)
+    """The input pixels with a gradient from one logit."""
+    x = torch.rand(1, 3, 160, 160, requires_grad=True)
+    models.PatchDiscriminator(base_channels=4)(x)[0, 0, 9, 9].backward()
+    touched = x.grad.abs().sum((0, 1)).nonzero()
+    assert (touched.amax(0) - touched.amin(0) + 1).tolist() == [70, 70]
 
 
 def identity_generator(antialias):
-    """A generator whose weights make it copy its input, but for the blur of its resampling.
+    """A generator that copies its input, except for the blur of its resampling.
 
-    Residual blocks add nothing, convolutions have a one in the middle. Strided ones blur by (1, 2, 1) / 4, transposed ones
-    interpolate by (1, 2, 1) / 2; a delta then keeps its sum and its centre of mass, wherever it stands.
+    Residual blocks add nothing; convolutions pass the middle pixel on. Strided convolutions blur by (1, 2, 1) / 4, transposed
+    ones interpolate by (1, 2, 1) / 2. A delta then keeps its sum and its centre of mass.
     """
     generator = models.ResnetGenerator(1, 1, base_channels=1, n_blocks=5, antialias=antialias)
     middle, blur = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 1.0])
@@ -209,61 +167,60 @@ def identity_generator(antialias):
     return generator
 
 
+def centre_of_mass(image):
+    return [float((image.sum(dim) * torch.arange(image.shape[1 - dim])).sum() / image.sum()) for dim in (1, 0)]
+
+
 @pytest.mark.parametrize("antialias", [False, True])
 @torch.inference_mode()
 def test_every_size_comes_back_without_a_shift(no_norm, antialias):
     generator = identity_generator(antialias)
-    for height in range(16, 71):
-        for width in range(16, 71):
-            y, x = height // 2, width // 2
-            delta = torch.zeros(1, 1, height, width)
-            delta[..., y, x] = 0.01  # where tanh is a straight line
-            image = generator(delta)[0, 0]
-            assert image.shape == (height, width)
-            places = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-            centre = [float((image * place).sum() / image.sum()) for place in places]
-            assert centre == pytest.approx([y, x], abs=1e-3), (height, width)
-            if y % 4 == x % 4 == 0:
-                assert image.argmax() == y * width + x
+    sizes = [(16 + n, 16 + 7 * n % 55) for n in range(55)]  # every height and every width from 16 to 70
+    assert len({(height % 4, width % 4) for height, width in sizes}) == 16
+    for height, width in sizes:
+        y, x = height // 2, width // 2
+        delta = torch.zeros(1, 1, height, width)
+        delta[..., y, x] = 0.01  # small, so that tanh is linear
+        image = generator(delta)[0, 0]
+        assert image.shape == (height, width)
+        assert centre_of_mass(image) == pytest.approx([y, x], abs=1e-3), (height, width)
+        if y % 4 == x % 4 == 0:
+            assert image.argmax() == y * width + x
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 @torch.inference_mode()
-def test_a_delta_stays_wherever_it_stands(no_norm, antialias):
-    generator, side = identity_generator(antialias), 31
+def test_a_delta_stays_in_place_at_every_position(no_norm, antialias):
+    generator = identity_generator(antialias)
     for y in range(8, 23):
         for x in range(8, 23):
-            delta = torch.zeros(1, 1, side, side)
+            delta = torch.zeros(1, 1, 31, 31)
             delta[..., y, x] = 0.01
-            image = generator(delta)[0, 0]
-            line = torch.arange(side)
-            centre = [float((image.sum(dim) * line).sum() / image.sum()) for dim in (1, 0)]
-            assert centre == pytest.approx([y, x], abs=1e-3)
+            assert centre_of_mass(generator(delta)[0, 0]) == pytest.approx([y, x], abs=1e-3)
 
 
 def test_projector_takes_the_sampled_locations():
     features = [torch.randn(2, 5, 6, 7), torch.randn(2, 3, 2, 2)]
     projector = models.PatchProjector([5, 3], width=8)
     locations = models.sample_locations(features, 10)
-    assert [len(set(ids.tolist())) for ids in locations] == [10, 4]  # no more than a layer has, none twice
+    assert [len(set(ids.tolist())) for ids in locations] == [10, 4]  # at most as many as a layer has, without repeats
     vectors = projector(features, locations)
     assert [v.shape for v in vectors] == [(2, 10, 8), (2, 4, 8)]
     i = locations[0][3].item()
-    w1, b1, w2, b2 = list(projector.parameters())[:4]  # of the first layer's two-layer perceptron
+    w1, b1, w2, b2 = list(projector.parameters())[:4]  # of the MLP of the first layer
     expected = F.linear(F.linear(features[0][1, :, i // 7, i % 7], w1, b1).relu(), w2, b2)
     torch.testing.assert_close(vectors[0][1, 3], expected / expected.norm())
 
 
-def test_every_location_is_drawn_and_anew():
+def test_all_locations_are_drawn_and_every_draw_differs():
     draws = [models.sample_locations([torch.zeros(1, 1, 5, 6)], 4)[0].tolist() for _ in range(60)]
     assert {i for draw in draws for i in draw} == set(range(30)) and len({tuple(draw) for draw in draws}) > 50
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 30), (64, 47)])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("num_patches", [1, 16, 256, 10_000])
+@pytest.mark.parametrize(("batch", "size"), [(3, (16, 16)), (1, (17, 30)), (2, (64, 47))])
+@pytest.mark.parametrize("num_patches", [1, 16, 10_000])
 def test_patch_nce_from_features_to_loss(size, batch, num_patches):
-    """As many locations as a layer has and no more, each image for itself, the last layers of 16x16 having 16."""
+    """At most as many locations as a layer has (16 in the last layers of 16x16 images); images of a batch are independent."""
     generator, projector = models.ResnetGenerator(base_channels=4), models.PatchProjector((3, 8, 16, 16, 16), width=8)
     with torch.no_grad():
         features, translated = (generator.encode(torch.rand(batch, 3, *size) * 2 - 1) for _ in range(2))
@@ -279,13 +236,19 @@ def test_patch_nce_from_features_to_loss(size, batch, num_patches):
                 pair = [projector([f[i : i + 1] for f in maps], locations)[layer] for maps in (translated, features)]
                 alone.append(patch_nce_loss(*pair).item())
             assert loss == pytest.approx(sum(alone) / batch, rel=1e-4, abs=1e-6)
-            assert (loss == 0) == (num_patches == 1)  # one location has no negative, and nothing to tell apart
+            assert (loss == 0) == (num_patches == 1)  # a single location has no negatives
+
+
+@functools.cache
+def small_unet():
+    return models.UNet(num_classes=4, encoder="efficientnet-b0").eval()
 
 
 @settings(max_examples=15)
 @given(size=st.tuples(st.integers(32, 130), st.integers(32, 130)))
+@torch.inference_mode()
 def test_unet_keeps_every_size(size):
-    unet = models.UNet(num_classes=4, encoder="efficientnet-b0").eval()
+    unet = small_unet()
     logits, features = unet(torch.rand(1, 3, *size), return_features=True)
     assert logits.shape == (1, 4, *size)
     assert {name: f.shape[1] for name, f in features.items()} == unet.feature_channels
@@ -294,8 +257,29 @@ def test_unet_keeps_every_size(size):
     assert models.FeatureDiscriminator(unet.feature_channels["decoder2"])(features["decoder2"]).shape[1] == 1
 
 
+@pytest.mark.parametrize("size", [(64, 64), (70, 90)])
+@torch.inference_mode()
+def test_unet_decoder_is_its_formula(size):
+    """Nearest upsampling to the size of the skip, concatenation, two times convolution, BatchNorm and ReLU."""
+    unet, x = small_unet(), torch.rand(2, 3, *size)
+    *skips, y = unet.encode(x)
+    modules = iter([module for block in unet.decoder for module in block])
+    expected = {}
+    for n, skip in enumerate([*reversed(skips), torch.zeros(2, 0, *size)], 1):
+        rows, columns = (torch.arange(new) * old // new for new, old in zip(skip.shape[-2:], y.shape[-2:]))
+        y = torch.cat([y[..., rows, :][..., columns], skip], dim=1)
+        for _ in range(2):
+            conv, norm, _ = (next(modules) for _ in range(3))
+            y = F.conv2d(y, conv.weight, padding=1)
+            y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5).relu()
+        expected[f"decoder{n}"] = y
+    logits, features = unet(x, return_features=True)
+    torch.testing.assert_close({name: features[name] for name in expected}, expected)
+    torch.testing.assert_close(logits, F.conv2d(y, unet.head.weight, unet.head.bias))
+
+
 def test_unet_encoder_is_the_packages_network():
-    """Same weights, same image: the deepest map equals the package's own, before its head, for an unusual size too."""
+    """The deepest map equals that of efficientnet-pytorch before its head, for a size that is no multiple of 32 too."""
     unet = models.UNet(encoder="efficientnet-b0").eval()
     theirs = EfficientNet.from_name("efficientnet-b0", image_size=None).eval()
     theirs.load_state_dict(unet.encoder.state_dict(), strict=False)
@@ -309,7 +293,7 @@ def test_unet_encoder_is_the_packages_network():
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 9), (9, 8)])
-def test_depthwise_convolution_is_the_packages_and_in_float32_on_a_cpu(kernel, stride, size):
+def test_depthwise_convolution_is_the_packages_and_runs_in_float32_on_a_cpu(kernel, stride, size):
     theirs = Conv2dDynamicSamePadding(4, 4, kernel, stride, groups=4, bias=False)
     ours = models.DepthwiseConv2d(4, kernel, stride)
     ours.load_state_dict(theirs.state_dict())
@@ -318,10 +302,10 @@ def test_depthwise_convolution_is_the_packages_and_in_float32_on_a_cpu(kernel, s
     torch.testing.assert_close(ours(x.float()), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(ours(x), expected.bfloat16())
-        assert not torch.equal(theirs(x), expected.bfloat16())  # the weights, too, would be rounded
+        assert not torch.equal(theirs(x), expected.bfloat16())  # plain autocast also rounds the weights
 
 
-def test_autocast_pads_as_it_is():
+def test_padding_keeps_the_dtype_under_autocast():
     x = torch.randn(1, 2, 5, 6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         padded = models.reflect_pad(x, 3)
@@ -331,7 +315,7 @@ def test_autocast_pads_as_it_is():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("n", "size"), [(1, (2, 2)), (1, (9, 8)), (3, (4, 4)), (3, (7, 16))])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_cudas_reflection_padding_is_torchs_and_keeps_the_layout(layout, n, size, batch):
+def test_reflection_padding_for_cuda_is_torchs_and_keeps_the_layout(layout, n, size, batch):
     x = torch.randn(batch, 5, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     expected, padded = F.pad(x, (n,) * 4, "reflect"), models.ReflectPad2d.apply(x, n)
     assert torch.equal(padded, expected) and padded.is_contiguous(memory_format=layout)
@@ -340,41 +324,55 @@ def test_cudas_reflection_padding_is_torchs_and_keeps_the_layout(layout, n, size
     (gradient,) = torch.autograd.grad(padded, x, towards)
     assert torch.equal(towards, given) and gradient.is_contiguous(memory_format=layout)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, x, given)[0], rtol=1e-15, atol=2e-15)
-    assert torch.autograd.gradgradcheck(lambda x: models.ReflectPad2d.apply(x, n), x)
+
+
+def test_reflection_padding_can_be_differentiated_twice():
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: models.ReflectPad2d.apply(x, 3), x)
 
 
 def test_encoder_weights_come_from_a_file(tmp_path):
     theirs = EfficientNet.from_name("efficientnet-b0")
     torch.save(theirs.state_dict(), tmp_path / "b0.pth")
-    unet = models.UNet(encoder="efficientnet-b0", encoder_weights=tmp_path / "b0.pth")
-    assert torch.equal(unet.encoder._conv_stem.weight, theirs._conv_stem.weight)
-    (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
+    encoder = models.UNet(encoder="efficientnet-b0", encoder_weights=tmp_path / "b0.pth").encoder
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+    (tmp_path / "text.pth").write_bytes(b"no checkpoint")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "b0.pth").read_bytes()[:5000])
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    cases = (("bad.pth", "not a file that torch.load"), ("none.pth", "No such file"), ("other.pth", "not a state_dict"))
-    for path, message in cases:
-        with pytest.raises(ValueError, match=message):
-            models.UNet(encoder="efficientnet-b0", encoder_weights=tmp_path / path)
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in ("text.pth", "cut.pth", "other.pth", "list.pth", "none.pth"):
+        with pytest.raises(ValueError, match=f"efficientnet-b0: cannot load .*{name}.*--encoder-weights FILE") as raised:
+            models.UNet(encoder="efficientnet-b0", encoder_weights=tmp_path / name)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="resnet.*efficientnet-b0 to efficientnet-b7"):
+        models.UNet(encoder="resnet")
 
 
-def test_downloaded_weights_must_have_the_hash_of_their_name(tmp_path, monkeypatch):
-    """The hub is a file here: its address is asked for once, and what comes is checked against its name each time."""
-    torch.save(EfficientNet.from_name("efficientnet-b0").state_dict(), tmp_path / "hub")
-    digest = hashlib.sha256((tmp_path / "hub").read_bytes()).hexdigest()[:8]
-    asked = []
-
-    def download(url, path, **options):
-        asked.append(url)
-        shutil.copy(tmp_path / "hub", path)
-
+def test_imagenet_weights_are_downloaded_once_and_checked_against_the_hash_in_their_name(tmp_path, monkeypatch):
+    published = tmp_path / "published"
+    theirs = EfficientNet.from_name("efficientnet-b0")
+    torch.save(theirs.state_dict(), published)
+    digest = hashlib.sha256(published.read_bytes()).hexdigest()[:8]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setitem(efficientnet_pytorch.utils.url_map, "efficientnet-b0", f"https://example.org/b0-{digest}.pth")
-    for _ in range(2):
-        models.UNet(encoder="efficientnet-b0", encoder_weights="imagenet")
-    assert asked == [f"https://example.org/b0-{digest}.pth"]
-    monkeypatch.setitem(efficientnet_pytorch.utils.url_map, "efficientnet-b0", "https://example.org/b0-01234567.pth")
-    with pytest.raises(ValueError, match=f"b0-01234567.pth: its sha256 begins with {digest}, not 01234567"):
-        models.UNet(encoder="efficientnet-b0", encoder_weights="imagenet")
+
+    def load(name):
+        if published.exists():
+            published.rename(tmp_path / name)
+        monkeypatch.setitem(efficientnet_pytorch.utils.url_map, "efficientnet-b0", (tmp_path / name).as_uri())
+        return models.UNet(encoder="efficientnet-b0", encoder_weights="imagenet")
+
+    assert torch.equal(load(f"b0-{digest}.pth").encoder._conv_stem.weight, theirs._conv_stem.weight)
+    published.write_bytes((tmp_path / f"b0-{digest}.pth").read_bytes())
+    with pytest.raises(ValueError, match="file://.*b0-01234567.pth.*invalid hash.*--encoder-weights FILE"):
+        load("b0-01234567.pth")
+    (tmp_path / f"b0-{digest}.pth").unlink()
+    load(f"b0-{digest}.pth")  # from the copy
+    with pytest.raises(ValueError, match="file://.*b0-89abcdef.pth.*--encoder-weights FILE"):
+        load("b0-89abcdef.pth")
+    (copy,) = (tmp_path / "home").glob(f"*/*/b0-{digest}.pth")
+    copy.write_bytes(copy.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=rf"{digest}.pth \(kept in {copy.parent.parent}\).*--encoder-weights FILE"):
+        load(f"b0-{digest}.pth")
 
 
 def test_frozen_means_frozen():
@@ -384,11 +382,11 @@ def test_frozen_means_frozen():
     before = {name: value.clone() for name, value in unet.encoder.state_dict().items()}
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.1)
     head = unet.head.weight.clone()
-    for _ in range(10):
+    for _ in range(3):
         optimizer.zero_grad()
         unet(torch.rand(2, 3, 32, 32)).square().mean().backward()
         optimizer.step()
-    assert {"_bn0.running_mean", "_blocks.0._bn1.num_batches_tracked"} <= before.keys()  # BatchNorm's buffers among them
+    assert {"_bn0.running_mean", "_blocks.0._bn1.num_batches_tracked"} <= before.keys()  # BatchNorm's buffers are included
     assert not torch.equal(head, unet.head.weight)
     assert all(torch.equal(before[name], value) for name, value in unet.encoder.state_dict().items())
     unet.freeze_encoder(False)
@@ -409,13 +407,58 @@ def test_batch_norm_moves_by_a_tenth_a_step():
 
 @pytest.mark.parametrize("network", [models.ResnetGenerator(base_channels=4), models.UNet(5, "efficientnet-b0")])
 def test_a_saved_network_comes_back(network, tmp_path):
-    torch.save(models.network_state(network), tmp_path / "weights.pt")
-    again = models.load_network(tmp_path / "weights.pt", type(network))
+    path = tmp_path / "weights.pt"
+    torch.save(models.network_state(network, 1024), path)
+    again = models.load_network(path, type(network))
     x = torch.rand(1, 3, 32, 48)
     assert not again.training and torch.equal(again(x), network.eval()(x))
+    assert type(models.load_network(str(path))) is type(network)
     other = models.UNet if isinstance(network, models.ResnetGenerator) else models.ResnetGenerator
-    with pytest.raises(ValueError, match="where a"):
-        models.load_network(tmp_path / "weights.pt", other)
-    (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="not the weights.pt"):
-        models.load_network(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=f"weights.pt: holds a {type(network).__name__}, where a {other.__name__} is needed"):
+        models.load_network(path, other)
+
+
+class Code:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_file_that_is_not_weights_is_named_and_never_executed(tmp_path):
+    path = tmp_path / "weights.pt"
+    with pytest.raises(FileNotFoundError):
+        models.load_network(path)
+    generator = models.ResnetGenerator(base_channels=4)
+    state = models.network_state(generator, 64)
+    torch.save(state, path)
+    whole = path.read_bytes()
+    contents = [whole[:1000], whole[:-1000], b"", b"text", {"iteration": 3}, [1], generator.state_dict()]
+    contents += [state | {"network": "PatchDiscriminator"}, state | {"width": Code(tmp_path / "run")}]
+    contents += [state | {"state_dict": models.ResnetGenerator(base_channels=5).state_dict()}]
+    for content in contents:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=r"/weights.pt: not the weights.pt of a finished run \(\w+\)$"):
+            models.load_network(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_training_width_is_in_the_file_or_for_older_files_in_args_json(tmp_path):
+    path, args = tmp_path / "weights.pt", tmp_path / "args.json"
+    args.write_text(json.dumps({"width": 512, "lr": 1e-4}))
+    generator = models.ResnetGenerator(base_channels=4)
+    torch.save(models.network_state(generator, 1024), path)
+    assert models.load_network(path).width == 1024
+    torch.save(models.network_state(generator), path)
+    assert models.load_network(path).width == 512
+    state = models.network_state(generator)
+    del state["width"]  # as older versions wrote it
+    torch.save(state, path)
+    assert models.load_network(str(path)).width == 512
+    for text in ("{}", '{"width": null}', "[]", "width", None):
+        args.unlink() if text is None else args.write_text(text)
+        with pytest.raises(ValueError, match="/weights.pt: holds no training width.*args.json"):
+            models.load_network(path)

@@ -133,7 +133,7 @@ def test_a_reading_process_that_is_killed_is_said(pair, tmp_path, batch):
         os.kill(int(child), signal.SIGKILL)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 1, stderr
-    assert "a process that reads images was killed" in stderr.splitlines()[-1] and "--workers" in stderr.splitlines()[-1]
+    assert "a worker process that reads images was killed" in stderr.splitlines()[-1] and "--workers" in stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["train_translator.py", "fid.py"])

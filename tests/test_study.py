@@ -1,6 +1,6 @@
-"""study.py on tables 2 of known scores."""
+"""study.py on evaluations of known scores."""
 
-import csv
+import json
 import sys
 
 import numpy as np
@@ -8,10 +8,10 @@ import pytest
 from commands import ROOT, run, table
 from PIL import Image
 
-import data
 import evaluate
+import report
 
-MIOU = {  # by model, one a seed
+MIOU = {  # per model, one value per seed
     "Source Only": (10.0, 12.0, 11.0),
     "CycleGAN": (15.0, 19.0),
     "FastCUT-L5": (16.0, 18.0, 20.0),
@@ -23,19 +23,18 @@ MIOU = {  # by model, one a seed
 
 @pytest.fixture
 def out(tmp_path):
-    for seed in range(3):
-        (tmp_path / f"seed{seed}" / "results").mkdir(parents=True)
-        with open(tmp_path / f"seed{seed}" / "results" / "table2.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, ["model", *evaluate.MEANS, *data.CLASS_NAMES], restval="50.00")
-            writer.writeheader()
-            for model, values in MIOU.items():
-                if seed < len(values):
-                    writer.writerow({"model": model, "mIoU": f"{values[seed]:.2f}"})
+    for model, values in MIOU.items():
+        for seed, miou in enumerate(values):
+            folder = tmp_path / f"seed{seed}" / "segmenters" / report.MODELS[model]
+            folder.mkdir(parents=True)
+            row = dict.fromkeys(evaluate.COLUMNS, "50.00") | {"model": model, "mIoU": f"{miou:.2f}"}
+            (folder / "evaluation.json").write_text(json.dumps({"row": row}))
+    (tmp_path / "seed0.log").touch()
     return tmp_path
 
 
 def test_a_study_has_mean_deviation_and_differences_of_its_seeds(out):
-    result = run(sys.executable, ROOT / "tools" / "study.py", out, "--seeds")  # none to run: what is there
+    result = run(sys.executable, ROOT / "tools" / "study.py", out, "--seeds")  # run none, summarise what is there
     assert result.returncode == 0, result.stderr
     rows = table(out / "study.csv")
     assert len(rows) == 3 * 5 + 2 and list(rows[0]) == ["seed", "model", *evaluate.MEANS, "recovered"]
@@ -50,8 +49,8 @@ def test_a_study_has_mean_deviation_and_differences_of_its_seeds(out):
     assert Image.open(out / "study.png").width > 600
 
 
-def test_a_broken_table_is_one_line(out):
-    path = out / "seed1" / "results" / "table2.csv"
-    path.write_text(path.read_text().replace("12.00", "twelve"))
+def test_a_damaged_evaluation_is_one_line(out):
+    path = out / "seed1" / "segmenters" / "clada" / "evaluation.json"
+    path.write_text(path.read_text()[:50])
     result = run(sys.executable, ROOT / "tools" / "study.py", out, "--seeds")
-    assert result.returncode == 2 and "table2.csv" in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and str(path) in result.stderr and result.stderr.count("\n") == 1

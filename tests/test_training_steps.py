@@ -2,17 +2,18 @@
 
 import copy
 import platform
-import resource
+import re
+import sys
 
 import pytest
 import torch
+from commands import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adapt_features
 import models
 import optimization
-import runtime
 import train_segmenter
 import train_translator
 from losses import gan_loss, patch_nce_loss, segmentation_loss
@@ -94,13 +95,13 @@ def test_image_pool_keeps_size_images_and_gives_back_older_ones():
 
 def test_gate_opens_on_the_mean_of_the_last_hundred():
     gate = adapt_features.Gate(0.6)
-    assert not gate.opens(0.6) and gate.opens(0.9)
+    assert not gate.update(0.6) and gate.update(0.9)
     for _ in range(99):
-        gate.opens(0.5)
-    assert not gate.opens(0.5)
+        gate.update(0.5)
+    assert not gate.update(0.5)
     again = adapt_features.Gate(0.6)
     again.load_state_dict(gate.state_dict())
-    assert (again.asked, again.opened) == (gate.asked, gate.opened) == (102, 3)
+    assert (again.steps, again.open_steps) == (gate.steps, gate.open_steps) == (102, 3)
     assert torch.equal(again.accuracies, gate.accuracies) and len(gate.accuracies) == 100
 
 
@@ -229,9 +230,9 @@ def adapted(gate, weight):
 
 def test_the_gate_holds_back_the_adversary_and_nothing_else():
     (shut, d_shut), gate = adapted(gate=1.0, weight=0.5)
-    assert (gate.opened, gate.asked) == (0, 1)
+    assert (gate.open_steps, gate.steps) == (0, 1)
     (opened, d_open), gate = adapted(gate=0.0, weight=0.5)
-    assert (gate.opened, gate.asked) == (1, 1)
+    assert (gate.open_steps, gate.steps) == (1, 1)
     (control, d_control), _ = adapted(gate=0.0, weight=0.0)
     assert torch.equal(shut, control) and not torch.equal(opened, control)
     assert torch.equal(d_shut, d_control) and torch.equal(d_open, d_control)  # D_feat learns all the same, from its own loss
@@ -254,12 +255,18 @@ def test_an_adaptation_step_is_its_two_losses():
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
-def test_memory_that_a_step_frees_is_not_fetched_from_the_kernel_again():
-    runtime.pick_device("cpu")
-    size, times = 32 << 20, 40  # from 32 MiB up glibc by itself always asks the kernel
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        torch.ones(size, dtype=torch.uint8)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < times / 4 * size / resource.getpagesize()  # by itself: one a page, each time
+FAULTS = """
+import resource, torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(40):
+    torch.ones(32 << 20, dtype=torch.uint8)  # from 32 MiB up glibc by default returns the memory to the kernel
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tests glibc's allocator")
+def test_run_alls_variables_keep_the_memory_that_a_step_frees():
+    export = re.search(r"^export MALLOC.*$", (ROOT / "run_all.sh").read_text(), re.M)[0]
+    found = [run("bash", "-c", f"{line}\nexec {sys.executable} -c '{FAULTS}'").stdout for line in ("", export)]
+    default, kept = map(float, found)  # MiB that the kernel had to provide
+    assert default > 40 * 30 and kept < 10 * 32

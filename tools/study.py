@@ -1,15 +1,16 @@
-"""What the method recovers, seed by seed: run_all.sh for each seed, one table over all of them and one picture.
+"""Run run_all.sh for several seeds and summarise the scores: mean, deviation, and differences on the same seed.
 
     python tools/study.py runs/study --seeds 0 1 2 3 4 --baseline-seeds 0 1 2
     SETTINGS=demo SOURCE=day TARGET=dusk python tools/study.py runs/study_dusk --seeds 0 1 2
 
-The variables of run_all.sh pass through, but for OUT, SEED, METHODS and PYTHON. OUT/seedN is what run_all.sh leaves for a
-seed, OUT/seedN.log what it said. A finished seed takes a minute, an unfinished one goes on, and more may be asked for later.
-CycleGAN and CUT, which take most of the time, are trained for --baseline-seeds alone. Written anew after each seed, from all
-that OUT holds: OUT/study.csv, a row a seed and model, and OUT/study.png, a dot a seed and a bar for the mean.
+The variables of run_all.sh pass through, except OUT, SEED, METHODS and PYTHON. OUT/seedN is the OUT of seed N, OUT/seedN.log
+the output of its run_all.sh. Finished seeds are skipped, unfinished ones resumed, and seeds can be added later. CycleGAN and
+CUT take most of the time and are trained only for --baseline-seeds. OUT/study.csv (one row per seed and model) and
+OUT/study.png (one dot per seed, one bar for the mean) are updated after each seed.
 
-*Recovered* is the part of the mIoU between Source Only and Oracle of the same seed that a model gains, in percent. Deviations
-are over seeds, with n - 1. The demo draws its frames from the seed, too; a real pair is always the same.
+*Recovered* is the part of the mIoU gap between Source Only and Oracle of the same seed that a model closes, in percent.
+Deviations are sample standard deviations over seeds. The demo also draws its frames from the seed; real data sets stay the
+same.
 """
 
 import os
@@ -27,14 +28,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import evaluate
 import files
 import runtime
+from evaluate import MEANS
+from report import MODELS, print_table, table2, table3
 
-ROOT = Path(evaluate.__file__).resolve().parent
-COLUMNS = (*evaluate.MEANS, "recovered")
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (*MEANS, "recovered")
 BASELINES = ("cyclegan", "cut")
-# Differences on the same seed that say what a step of the method gains.
+# Differences on the same seed that show what a step of the method gains.
 PAIRS = (
     ("FastCUT-L5", "Source Only"),
     ("FastCUT-L5", "CycleGAN"),
@@ -46,7 +48,7 @@ PAIRS = (
 
 
 def run_seed(out, seed, methods, threads, running):
-    """One run_all.sh -> its exit status. It stands in the list `running` for as long as it does."""
+    """Run run_all.sh for one seed -> its exit status. The process is in the list `running` until it ends."""
     environment = {"OUT": str(out / f"seed{seed}"), "SEED": str(seed), "METHODS": " ".join(methods), "PYTHON": sys.executable}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -59,40 +61,39 @@ def run_seed(out, seed, methods, threads, running):
 
 
 def read_seeds(out):
-    """Rows of study.csv from every table 2 below OUT, by seed and then in table 2's order."""
+    """Rows of study.csv from the evaluations of every seed below OUT, ordered by seed and then as in table 2."""
     rows = []
-    tables = {path.parts[-3].removeprefix("seed"): path for path in out.glob("seed*/results/table2.csv")}
-    for seed in sorted(filter(str.isdigit, tables), key=int):
-        table = evaluate.read_table(tables[seed])
-        for model in (name for name in evaluate.MODELS if name in table):
-            row = {"seed": seed, "model": model, **{mean: table[model][mean] for mean in evaluate.MEANS}, "recovered": ""}
+    folders = {path.name.removeprefix("seed"): path for path in out.glob("seed*")}
+    for seed in sorted(filter(str.isdecimal, folders), key=int):
+        table = table2(folders[seed])
+        for model in (name for name in MODELS if name in table):
+            row = {"seed": seed, "model": model, **{mean: table[model][mean] for mean in MEANS}, "recovered": ""}
             if "Source Only" in table and "Oracle" in table:
-                gaps = evaluate.table3(table["Source Only"], table[model], table["Oracle"])
-                row["recovered"] = gaps[-1]["recovered"]
+                row["recovered"] = table3(table["Source Only"], table[model], table["Oracle"])[-1]["recovered"]
             rows.append(row)
     return rows
 
 
-def spread_of(values):
-    """ "mean ± deviation" of some numbers, of one number itself."""
+def mean_and_deviation(values):
+    """Numbers -> "mean ± deviation", or the mean alone if there is only one number."""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def models_table(rows):
-    """A row a model: mean and deviation of each score over the seeds."""
+    """One row per model: mean and deviation of each score over the seeds."""
     table = []
-    for model in evaluate.MODELS:
+    for model in MODELS:
         own = [row for row in rows if row["model"] == model]
         if not own:
             continue
         cells = {column: [float(row[column]) for row in own if row[column]] for column in COLUMNS}
-        cells = {column: spread_of(values) if values else "" for column, values in cells.items()}
+        cells = {column: mean_and_deviation(values) if values else "" for column, values in cells.items()}
         table.append({"model": model, "seeds": str(len(own))} | cells)
     return table
 
 
 def pairs_table(rows):
-    """A row a pair of models: their difference in mIoU on the same seed, and on how many seeds it is positive."""
+    """One row per pair of models: their difference in mIoU on the same seed, and on how many seeds it is positive."""
     miou = {(row["seed"], row["model"]): float(row["mIoU"]) for row in rows}
     table = []
     for better, worse in PAIRS:
@@ -100,12 +101,13 @@ def pairs_table(rows):
         differences = [miou[seed, better] - miou[seed, worse] for seed in seeds]
         if differences:
             above = f"{sum(difference > 0 for difference in differences)} of {len(differences)}"
-            table.append({"difference in mIoU": f"{better} - {worse}", "mean": spread_of(differences), "seeds above 0": above})
+            mean = mean_and_deviation(differences)
+            table.append({"difference in mIoU": f"{better} - {worse}", "mean": mean, "seeds above 0": above})
     return table
 
 
 def draw(rows, path):
-    """Two panels, mIoU and recovered part: a dot a seed, a bar for the mean."""
+    """Draw two panels, mIoU and recovered part: one dot per seed, one bar for the mean."""
     models = [row["model"] for row in models_table(rows)]
     seeds = sorted({row["seed"] for row in rows}, key=int)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -128,8 +130,8 @@ def draw(rows, path):
     plt.close(figure)
 
 
-def report(out):
-    """Write study.csv and study.png, and return the rows."""
+def write_study(out):
+    """Write study.csv and study.png -> the rows of study.csv."""
     rows = read_seeds(out)
     if rows:
         files.write_csv(out / "study.csv", rows)
@@ -138,16 +140,16 @@ def report(out):
 
 
 def parse_args():
-    parser = runtime.parser(__doc__.split("\n\n")[0], __doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the study; an unfinished one goes on")
+    parser = runtime.parser(__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the study; an unfinished study is resumed")
     parser.add_argument("--seeds", type=runtime.seed, nargs="*", default=[0, 1, 2, 3, 4], help="(default 0 1 2 3 4)")
-    parser.add_argument("--baseline-seeds", type=runtime.seed, nargs="*", help="with CycleGAN and CUT (default: all)")
+    parser.add_argument("--baseline-seeds", type=runtime.seed, nargs="*", help="seeds with CycleGAN and CUT (default: all)")
     parser.add_argument(
         "--at-once",
         type=runtime.positive_int,
         default=1,
         metavar="N",
-        help="seeds, which share the cores: small networks do better with few threads each (default 1)",
+        help="seeds that run at the same time and share the cores; faster where networks are small (default 1)",
     )
     return parser.parse_args()
 
@@ -157,7 +159,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     baseline_seeds = args.seeds if args.baseline_seeds is None else args.baseline_seeds
     threads = max(1, (os.cpu_count() or 1) // args.at_once) if args.at_once > 1 else None
-    rows, failed, running = report(args.out), [], []
+    rows, failed, running = write_study(args.out), [], []
 
     def work(seed):
         methods = [*(BASELINES if seed in baseline_seeds else ()), "fastcut_l5"]
@@ -169,16 +171,16 @@ def main():
             for seed, status in zip(args.seeds, pool.map(work, args.seeds), strict=True):
                 print(f"seed {seed}: " + (f"failed, see {args.out / f'seed{seed}.log'}" if status else "done"), flush=True)
                 failed += [seed] if status else []
-                rows = report(args.out)
-        except BaseException:  # Ctrl-C, too: what runs saves its work, and no other seed is begun
+                rows = write_study(args.out)
+        except BaseException:  # also Ctrl-C: the seeds that are running save their work, and no other seed starts
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()
             raise
-    titles = "Mean and deviation over seeds, percent", "The same seed, one model less another, mIoU"
+    titles = "Mean and deviation over seeds, percent", "Difference between two models on the same seed, mIoU"
     for title, table in zip(titles, (models_table(rows), pairs_table(rows)), strict=True):
         if table:
-            evaluate.print_table(title, table)
+            print_table(title, table)
     sys.exit(1 if failed else 0)
 
 

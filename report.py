@@ -1,0 +1,243 @@
+"""Build the paper's tables 1 to 3 and figures 3 and 4 from the folder that run_all.sh fills.
+
+    python report.py runs/demo
+
+It reads OUT/distances/*.json (from fid.py), OUT/translators/*/summary.json, OUT/segmenters/*/evaluation.json (from
+evaluate.py) and OUT/translated, and writes OUT/results: table1.csv, table2.csv, table3.csv, translations.png (figure 3)
+and segmentations.png (figure 4). It prints the tables, and says what is missing for those that cannot be made yet.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import files
+import runtime
+from evaluate import MEANS, load_segmenter, predict, read_evaluation
+
+# The models of table 2 in its order, and the names of their folders; translators have the same names.
+MODELS = {
+    "Source Only": "source_only",
+    "CycleGAN": "cyclegan",
+    "CUT": "cut",
+    "FastCUT": "fastcut",
+    "FastCUT-L5": "fastcut_l5",
+    "control": "control",
+    "CLADA": "clada",
+    "Oracle": "oracle",
+}
+COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
+INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
+FIGURE_ROWS, COLUMN_WIDTH = 4, 320  # frames per figure, pixels per picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table1(out):
+    """Rows of table 1, one per data set compared with the target: its distance, and the cost of training its translator.
+
+    The cost is the median time of a training step and of the wait for its data, in seconds, and the peak memory in MiB.
+    Raises ValueError naming a file whose entries are not numbers.
+    """
+    distances = {}
+    for model, name in {"Source": "source", **MODELS}.items():
+        path = out / "distances" / f"{name}.json"
+        if path.is_file():
+            distances[model] = read_numbers(path)
+    kinds = dict.fromkeys(kind for distance in distances.values() for kind in distance)  # one, unless FID_WEIGHTS was changed
+    formats = dict.fromkeys(kinds, ".6g") | COST
+    rows = []
+    for model, distance in distances.items():
+        path = out / "translators" / MODELS.get(model, "source") / "summary.json"  # the source itself has none
+        numbers = distance | (read_numbers(path, *COST) if path.is_file() else {})
+        cells = {column: format(numbers[column], spec) if column in numbers else "" for column, spec in formats.items()}
+        rows.append({"model": model} | cells)
+    return rows
+
+
+def read_numbers(path, *keys):
+    """The numbers in a JSON object, {key: number}: all of them, or those of `keys` that it has."""
+    content = files.read_json(path)
+    numbers = {key: content[key] for key in keys or content if key in content}
+    if not all(isinstance(number, (int, float)) for number in numbers.values()):
+        raise ValueError(f"{path}: {', '.join(numbers)} must be numbers")
+    return numbers
+
+
+def table2(out):
+    """{model: row} of table 2, the models of the paper first. Raises ValueError for rows that do not belong in one table."""
+    rows, first = {}, None
+    for path in sorted(out.glob("segmenters/*/evaluation.json")):
+        row, settings = read_evaluation(path)
+        frames = settings.get("frames"), settings.get("content")
+        first = first or (path, frames)
+        if frames != first[1]:
+            raise ValueError(
+                f"{path}: evaluated on other frames than {first[0]}; evaluate both on the same ones, or delete one"
+            )
+        if row["model"] in rows:
+            raise ValueError(
+                f"{path}: the name {row['model']!r} is taken by another run; evaluate one of them with another --name"
+            )
+        rows[row["model"]] = row
+    return {model: rows[model] for model in (*MODELS, *rows) if model in rows}
+
+
+def table3(source, clada, oracle):
+    """Rows of table 2 -> rows of table 3, one per class and one for the mean: the gaps to the Oracle, and the part recovered.
+
+    Recovered is (CLADA - Source Only) / (Oracle - Source Only), in percent. Cells are empty for classes that are absent from
+    the ground truth, and where the Oracle is not better than Source Only.
+    """
+    rows = []
+    for name in (*data.CLASS_NAMES, "mIoU"):
+        row = {"class": name, "source_gap": "", "clada_gap": "", "recovered": ""}
+        if "" not in (source[name], clada[name], oracle[name]):
+            s, c, o = float(source[name]), float(clada[name]), float(oracle[name])
+            row |= {"source_gap": f"{o - s:.2f}", "clada_gap": f"{o - c:.2f}"}
+            if o > s:
+                row["recovered"] = f"{100 * (c - s) / (o - s):.1f}"
+        rows.append(row)
+    return rows
+
+
+def print_table(title, rows):
+    """Print rows (dicts of strings with the same keys) in aligned columns."""
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+    print(f"\n{title}")
+    for row in (dict(zip(columns, columns, strict=True)), *rows):
+        cells = [f"{row[c]:<{w}}" if i == 0 else f"{row[c]:>{w}}" for i, (c, w) in enumerate(zip(columns, widths, strict=True))]
+        print("  " + "  ".join(cells))
+
+
+def write_tables(out):
+    """Write and print the tables that can be made."""
+    results, scores = out / "results", table2(out)
+    if rows := table1(out):
+        files.write_csv(results / "table1.csv", rows)
+        print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
+    else:
+        print(f"Table 1 needs {out / INPUTS[0]}: left out")
+    if not scores:
+        print(f"Tables 2 and 3 need {out / INPUTS[1]}: left out")
+        return
+    files.write_csv(results / "table2.csv", list(scores.values()))
+    rows = [{column: row[column] for column in ("model", *MEANS)} for row in scores.values()]
+    print_table("Table 2: scores on the target's val split, percent", rows)
+    if missing := [model for model in ("Source Only", "CLADA", "Oracle") if model not in scores]:
+        print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
+        return
+    rows = table3(scores["Source Only"], scores["CLADA"], scores["Oracle"])
+    files.write_csv(results / "table3.csv", rows)
+    print_table("Table 3: IoU lost to the Oracle, and the part of it that CLADA recovers, percent", rows)
+    clada, control = scores["CLADA"]["mIoU"], scores.get("control", {}).get("mIoU")
+    if clada and control:
+        gain = float(clada) - float(control)
+        print(f"CLADA's adversary: {gain:+.2f} mIoU over the control, the same fine-tuning without it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def translations_figure(out):
+    """Figure 3: frames of the source, and what each translator makes of them."""
+    folders = {model: out / "translated" / name for model, name in MODELS.items()}
+    folders = {model: folder for model, folder in folders.items() if any(folder.glob("images/[!.]*.png"))}
+    settings = out / "segmenters" / "source_only" / "args.json"
+    if not folders or not settings.is_file():
+        print(f"Figure 3 needs {settings if folders else out / 'translated/*/images'}: left out")
+        return
+    folders = {"Source": files.read_json(settings, "data")["data"], **folders}
+    images = [{frame.name: frame.image for frame in data.list_frames(folder, labelled=False)} for folder in folders.values()]
+    names = sorted(set.intersection(*map(set, images)))  # stage 2 may still be at work
+    rows = [[thumbnail(data.load_image(paths[name])) for paths in images] for name in evenly_spaced(names)]
+    save_figure(out / "results" / "translations.png", list(folders), rows)
+
+
+def segmentations_figure(out):
+    """Figure 4: frames of the target's val split, the predictions of Source Only and CLADA, and the ground truth."""
+    models = ("Source Only", "CLADA")
+    runs = [out / "segmenters" / MODELS[model] for model in models]
+    settings = out / "segmenters" / "oracle" / "args.json"
+    if missing := [path for path in (*(run / "weights.pt" for run in runs), settings) if not path.is_file()]:
+        print(f"Figure 4 needs {', '.join(map(str, missing))}: left out")
+        return
+    target = files.read_json(settings, "data")
+    listed = target.get("exclude") and Path(target["exclude"]).is_file()
+    exclude = data.read_names(target["exclude"]) if listed else ()
+    device = torch.device("cpu")
+    autocast = runtime.autocast(device, "fp32")
+    segmenters = [load_segmenter(run, "OUT", device) for run in runs]
+    rows = []
+    for frame in evenly_spaced(data.list_frames(target["data"], "val", exclude=exclude)):
+        image, label = data.load_image(frame.image), data.load_label(frame.label)
+        inputs = [(segmenter, data.resize_to_width(image, segmenter.width)) for segmenter in segmenters]
+        maps = [*(predict(segmenter, resized, label.shape, autocast) for segmenter, resized in inputs), label]
+        rows.append([thumbnail(image), *(thumbnail(data.colourise(ids), Image.Resampling.NEAREST) for ids in maps)])
+    save_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend=True)
+
+
+def evenly_spaced(items):
+    """At most FIGURE_ROWS items of a list, the first and the last among them."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(FIGURE_ROWS, len(items))).round().astype(int)]
+
+
+def thumbnail(image, resample=Image.Resampling.LANCZOS):
+    """(3, H, W) uint8 -> a PIL image, COLUMN_WIDTH pixels wide."""
+    image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return image.resize((COLUMN_WIDTH, max(1, round(image.height * COLUMN_WIDTH / image.width))), resample)
+
+
+def save_figure(path, titles, rows, legend=False):
+    """Rows of PIL images under column titles -> a PNG file; `legend` adds the colours of the classes below."""
+    font, margin, line, entry = ImageFont.load_default(15), 4, 24, 120  # pixels
+    heights = [max(image.height for image in row) for row in rows]
+    width = len(titles) * (COLUMN_WIDTH + margin) - margin
+    per_line = width // entry
+    legend_height = line * -(-len(data.CLASSES) // per_line) if legend else 0
+    figure = Image.new("RGB", (width, line + sum(heights) + margin * len(rows) + legend_height), "white")
+    draw = ImageDraw.Draw(figure)
+    for column, title in enumerate(titles):
+        draw.text((column * (COLUMN_WIDTH + margin) + COLUMN_WIDTH // 2, line // 2), title, "black", font, anchor="mm")
+    y = line
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            figure.paste(image, (column * (COLUMN_WIDTH + margin), y))
+        y += height + margin
+    if legend:
+        for i, (name, colour) in enumerate(zip(data.CLASS_NAMES, data.PALETTE.tolist(), strict=True)):
+            left, top = i % per_line * entry, y + i // per_line * line
+            draw.rectangle((left, top + 5, left + 14, top + 18), fill=tuple(colour))
+            draw.text((left + 20, top + line // 2), name, "black", font, anchor="lm")
+    files.write_whole(path, files.png_bytes(figure))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = runtime.parser(__doc__)
+    parser.add_argument("out", type=runtime.path, metavar="OUT", help="the folder that run_all.sh fills")
+    return parser.parse_args()
+
+
+def main():
+    out = parse_args().out
+    if not any(path for pattern in INPUTS for path in out.glob(pattern)):
+        raise ValueError(f"{out}: no {' and no '.join(INPUTS)} there; give the OUT of run_all.sh")
+    with files.lock(out / "results", wait=True):
+        files.clear_parts(out / "results")
+        write_tables(out)
+        translations_figure(out)
+        segmentations_figure(out)
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)

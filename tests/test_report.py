@@ -1,0 +1,210 @@
+"""report.py on a small OUT of known scores."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commands import MEASURED, ROOT, table
+from PIL import Image
+
+import data
+import evaluate
+import files
+import models
+import report
+
+ROAD, SKY, CAR = 0, 10, 13  # train ids
+SCORES = {"Oracle": "45.00", "CLADA": "30.00", "control": "28.50", "Source Only": "20.00", "CUT": "25.00", "mine": "1.00"}
+FRAMES = {"frames": "3 frames, 0123", "content": "4567"}
+
+
+def row(miou, **iou):
+    return {"mIoU": miou} | dict.fromkeys(data.CLASS_NAMES, "10.00") | iou
+
+
+def write_evaluation(out, folder, model, miou="10.00", **settings):
+    cells = dict.fromkeys(evaluate.COLUMNS, "10.00") | {"model": model, "mIoU": miou, "train": ""}
+    (out / "segmenters" / folder).mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "segmenters" / folder / "evaluation.json", {"row": cells} | FRAMES | settings)
+
+
+def write_distance(out, name, **distance):
+    (out / "distances").mkdir(exist_ok=True)
+    files.write_json(out / "distances" / f"{name}.json", distance)
+
+
+def write_image(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.broadcast_to(np.uint8(colour), (24, 48, *np.shape(colour))).copy()).save(path)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """What run_all.sh leaves: scores of six models, distances of two, translations of one, two networks, two data sets."""
+    out = tmp_path / "out"
+    for model, miou in SCORES.items():
+        write_evaluation(out, report.MODELS.get(model, model), model, miou)
+    write_distance(out, "source", FID=123.456789)
+    write_distance(out, "cut", FID=7)
+    (out / "translators" / "cut").mkdir(parents=True)
+    summary = {"seconds_per_iteration": 0.25, "wait_seconds": 1e-5, "peak_memory_mib": 512, "device": "cpu"}
+    files.write_json(out / "translators" / "cut" / "summary.json", summary)
+    for i in range(6):
+        write_image(tmp_path / "source" / "images" / f"{i}.png", (40 * i, 0, 0))
+        if i < 5:
+            write_image(out / "translated" / "cut" / "images" / f"{i}.png", (0, 40 * i, 0))
+    target = tmp_path / "target"
+    write_image(target / "leftImg8bit" / "val" / "a" / "1_leftImg8bit.png", (1, 2, 3))
+    write_image(target / "gtFine" / "val" / "a" / "1_gtFine_labelIds.png", data.CLASSES[SKY].id)
+    for name, domain, train_id in (("source_only", "source", ROAD), ("clada", "target", CAR), ("oracle", "target", None)):
+        files.write_json(out / "segmenters" / name / "args.json", {"data": str(tmp_path / domain), "exclude": None})
+        if train_id is not None:
+            segmenter = models.UNet(encoder="efficientnet-b0")
+            segmenter.head.weight.data.zero_()
+            segmenter.head.bias.data.copy_(torch.eye(19)[train_id])  # predicts one class everywhere
+            torch.save(models.network_state(segmenter, 32), out / "segmenters" / name / "weights.pt")
+    return out
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call(out):
+        monkeypatch.setattr(sys, "argv", ["report.py", str(out)])
+        report.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def colours(figure, columns):
+    """The colour in the middle of the first picture of each column."""
+    width = report.COLUMN_WIDTH
+    return [figure.getpixel((i * (figure.width + 4) // columns + width // 2, 24 + width // 4)) for i in range(columns)]
+
+
+def test_everything_is_written_by_one_process_at_a_time(out):
+    (out / "results").mkdir()
+    (out / "results" / ".table1.csv.1.part").touch()  # left by a process that was killed
+    held = files.lock(out / "results")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "report.py"), str(out)], **pipes)
+    assert f"waiting for process {os.getpid()}" in process.stderr.readline()
+    held.close()
+    printed, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    table1, table2, table3 = (table(out / "results" / f"table{n}.csv") for n in (1, 2, 3))
+    assert [list(row.values()) for row in table1] == [
+        ["Source", "123.457", "", "", ""],
+        ["CUT", "7", "0.25000", "0.00001", "512"],
+    ]
+    assert list(table1[0]) == ["model", "FID", *MEASURED]
+    assert [(row["model"], row["mIoU"]) for row in table2] == [
+        (model, SCORES[model]) for model in ("Source Only", "CUT", "control", "CLADA", "Oracle", "mine")
+    ]
+    assert list(table2[0]) == list(evaluate.COLUMNS)
+    assert table3 == report.table3(table2[0], table2[3], table2[4])
+    assert all(f"Table {n}:" in printed for n in (1, 2, 3)) and "left out" not in printed
+    assert "CLADA's adversary: +1.50 mIoU over the control" in printed
+    assert {path.name for path in (out / "results").iterdir()} == {
+        ".lock", "segmentations.png", "table1.csv", "table2.csv", "table3.csv", "translations.png",
+    }  # fmt: skip
+    translations, segmentations = (Image.open(out / "results" / f"{name}ations.png") for name in ("transl", "segment"))
+    assert colours(translations, 2) == [(0, 0, 0), (0, 0, 0)]
+    last = translations.crop((0, translations.height - 24 - 160, *translations.size))  # of the frames that both have
+    assert colours(last, 2) == [(160, 0, 0), (0, 160, 0)]
+    assert colours(segmentations, 4) == [(1, 2, 3), *(tuple(data.PALETTE[i]) for i in (ROAD, CAR, SKY))]
+    assert {tuple(colour) for colour in data.PALETTE} <= {colour for _, colour in segmentations.getcolors(2**20)}  # legend
+
+
+def test_what_cannot_be_made_yet_is_named(out, call):
+    (out / "segmenters" / "clada" / "evaluation.json").unlink()
+    (out / "segmenters" / "clada" / "weights.pt").unlink()
+    (out / "segmenters" / "source_only" / "args.json").unlink()
+    (out / "translators" / "cut" / "summary.json").unlink()
+    printed = call(out)
+    assert "Table 3 needs CLADA in table 2: left out" in printed
+    assert f"Figure 3 needs {out}/segmenters/source_only/args.json: left out" in printed
+    assert f"Figure 4 needs {out}/segmenters/clada/weights.pt: left out" in printed
+    assert {path.name for path in (out / "results").iterdir()} == {".lock", "table1.csv", "table2.csv"}
+    assert list(table(out / "results" / "table1.csv")[1].values()) == ["CUT", "7", "", "", ""]
+
+
+@pytest.mark.parametrize("missing", ["distances", "segmenters"])
+def test_one_kind_of_input_is_enough(out, call, missing):
+    (out / missing).rename(out / "aside")
+    (out / "translated").rename(out / "aside" / "translated")
+    printed = call(out)
+    expected = {"distances": "Table 1 needs", "segmenters": "Tables 2 and 3 need"}[missing]
+    assert f"{expected} {out}/{missing}/*" in printed and f"Figure 3 needs {out}/translated/*/images: left out" in printed
+    (out / {"distances": "segmenters", "segmenters": "distances"}[missing]).rename(out / "other")
+    with pytest.raises(ValueError, match="no distances.*no segmenters.*give the OUT of run_all.sh"):
+        call(out)
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path, call):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="give the OUT of run_all.sh"):
+            call(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_distances_of_several_kinds_get_a_column_each(out, call):
+    write_distance(out, "fastcut", frechet_random_inception=0.5)
+    call(out)
+    rows = table(out / "results" / "table1.csv")
+    assert list(rows[0]) == ["model", "FID", "frechet_random_inception", *MEASURED]
+    assert [(row["FID"], row["frechet_random_inception"]) for row in rows] == [("123.457", ""), ("7", ""), ("", "0.5")]
+
+
+@pytest.mark.parametrize("path", ["distances/cut.json", "translators/cut/summary.json"])
+@pytest.mark.parametrize("content", ["", '{"FID": "low", "peak_memory_mib": null}'])
+def test_damaged_numbers_are_refused_by_name(out, call, path, content):
+    (out / path).write_text(content)
+    with pytest.raises(ValueError, match=path):
+        call(out)
+
+
+def test_damaged_and_foreign_evaluations_are_refused_by_name(out, call):
+    """In more detail in test_evaluate.py."""
+    path = out / "segmenters" / "cut" / "evaluation.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match="cut/evaluation.json"):
+        call(out)
+    write_evaluation(out, "cut", "CUT", content="of other labels")
+    with pytest.raises(ValueError, match="cut/evaluation.json: evaluated on other frames|other frames than .*cut/evaluation"):
+        call(out)
+    write_evaluation(out, "cut", "CLADA")
+    with pytest.raises(ValueError, match="cut/evaluation.json: the name 'CLADA' is taken"):
+        call(out)
+    assert not list((out / "results").glob("table*"))
+
+
+def test_a_damaged_frame_that_is_excluded_is_not_drawn(out, call, tmp_path):
+    for path in ("leftImg8bit/val/a/0_leftImg8bit.png", "gtFine/val/a/0_gtFine_labelIds.png"):
+        (tmp_path / "target" / path).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="0_leftImg8bit.png"):
+        call(out)
+    assert (out / "results" / "table3.csv").is_file()  # tables come first
+    (tmp_path / "list").write_text("0\n")
+    settings = json.loads((out / "segmenters" / "oracle" / "args.json").read_text()) | {"exclude": str(tmp_path / "list")}
+    files.write_json(out / "segmenters" / "oracle" / "args.json", settings)
+    call(out)
+    assert (out / "results" / "segmentations.png").is_file()
+
+
+def test_table3_is_the_recovered_part():
+    rows = report.table3(
+        row("20.00", car="30.00", train="", bus="50.00"),
+        row("30.00", car="70.00", train="", bus="60.00"),
+        row("45.00", car="60.00", train="", bus="40.00"),
+    )
+    cells = {r["class"]: r for r in rows}
+    assert list(cells) == [*data.CLASS_NAMES, "mIoU"]
+    assert cells["mIoU"] == {"class": "mIoU", "source_gap": "25.00", "clada_gap": "15.00", "recovered": "40.0"}
+    assert cells["car"]["recovered"] == "133.3"  # above the Oracle
+    assert cells["train"] == {"class": "train", "source_gap": "", "clada_gap": "", "recovered": ""}
+    assert cells["bus"]["recovered"] == "" and cells["bus"]["source_gap"] == "-10.00"  # no gap to recover

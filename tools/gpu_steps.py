@@ -1,0 +1,237 @@
+"""Parts D and E of gpu_check.py: milliseconds per training step, as trained and in variants."""
+
+import functools
+import itertools
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from gpu_harness import Failed, attempt, isolated, job, record
+from steps import METHODS, build, patched
+
+import models
+import optimization
+import runtime
+
+AS_TRAINED, NO_GRAPH = "bf16, as trained", "bf16, no graph"
+
+
+def part_d():
+    for kind in METHODS:
+        time_steps("D", kind, [AS_TRAINED, full_precision()])
+
+
+def part_d_variants():
+    others = [NO_GRAPH, "bf16, padding gathered", "bf16, no bias before norms", "bf16, padding gathered, no bias before norms"]
+    formats = ["bf16, F.pad", "bf16, default layout", "bf16, default layout, F.pad"]
+    for names in (others, formats, ["bf16, torch.compile", "bf16, torch.compile, no graph"]):
+        for kind in ("fastcut_l5", "cyclegan"):
+            time_steps("D", kind, names)
+
+
+def part_e():
+    time_steps("E", "stage 3", [AS_TRAINED, "bf16, encoder frozen"])
+    time_steps("E", "stage 4", [AS_TRAINED])
+
+
+def part_e_variants():
+    time_steps("E", "stage 3", [full_precision(), NO_GRAPH, "bf16, depthwise in default layout", "bf16, default layout"])
+    time_steps("E", "stage 3", ["bf16, torch.compile"])
+
+
+def full_precision():
+    return "float32, as trained" if job.device == "cpu" else "TF32, as trained"
+
+
+def time_steps(part, kind, names):
+    """Time variants of a step in one forked process, and keep the losses of the step as trained for the next call."""
+    with attempt(part, f"{kind} {names[0]} and others"):
+        job.losses[kind] = isolated(time_variants, part, kind, names, job.losses.get(kind), limit=120)
+
+
+def time_variants(part, kind, names, expected):
+    """Time variants of a step, and compare the losses of their first steps with those of the step as trained.
+
+    expected: those losses by name, or None if they are not known yet. Returns them.
+    """
+    for name in names:
+        with attempt(part, f"{kind} {name}"):
+            losses, found = time_variant(part, kind, name)
+            if name == AS_TRAINED:
+                expected = losses
+            elif expected and name.startswith("bf16") and "frozen" not in name:
+                off = max(abs(losses[key] - expected[key]) / abs(expected[key]) for key in expected)
+                record(part, f"{kind} {name}: losses off by", off, limit=0.05, note="those of the first step")
+            note = "; ".join(f"{value} {key}" for key, value in found.items() if key not in ("ms", "most_time"))
+            record(part, f"{kind} {name}", found["ms"], "ms", note=note, **found)
+    return expected
+
+
+def time_variant(part, kind, name):
+    """Time the variant that `name` describes -> (losses of its first step, what `timed` returns)."""
+    device = runtime.pick_device(job.device, tf32=True)
+    size, batch = (job.crop, 1) if kind in METHODS else (job.unet_crop, job.batch[kind])
+    layout = torch.contiguous_format if ", default layout" in name else None
+    with patched(*replacements(name)):
+        made = build(kind, device, size, batch, layout=layout, channels=job.channels, encoder=job.encoder)
+        if "frozen" in name:
+            made.networks["segmenter"].freeze_encoder()
+        if "compile" in name:
+            compile_networks(made)
+        if "no bias" in name:  # the instance norm that follows subtracts it
+            for module in [module for network in made.networks.values() for module in network.modules()]:
+                for conv in (module.block[0], module.block[3]) if isinstance(module, models.ResnetBlock) else ():
+                    conv.bias = None
+        step = functools.partial(made.step, runtime.autocast(device, "bf16" if name.startswith("bf16") else "fp32"))
+        if "no graph" not in name:
+            step = optimization.GraphedStep(step, device)
+        losses = {key: loss.item() for key, loss in step(*made.inputs)[1].items()}
+        found = timed(lambda: step(*made.inputs), device)
+        if getattr(step, "graph", None):
+            note = "losses and weight updates, from the same state"
+            record(part, f"{kind} {name}: a replayed step off by", graph_error(made, step), limit=0.05, note=note)
+        return losses, found
+
+
+def graph_error(made, graphed):
+    """Relative difference between a replayed step and the step itself, from the same state, in losses and weight updates.
+
+    Failed if the graph ignores the learning rate.
+    """
+    weights = [p.detach() for network in made.networks.values() for p in network.parameters()]
+    moments = [optimizer.state_dict()["state"] for optimizer in made.optimizers]
+    state = tensors_of([*(network.state_dict() for network in made.networks.values()), *moments])
+    saved, results = [tensor.clone() for tensor in state], []
+    for step, rate in ((graphed, 0.0), (graphed, 1e-4), (graphed.step, 1e-4)):
+        for optimizer in made.optimizers:
+            optimization.set_learning_rate(optimizer, rate)
+        before = [weight.clone() for weight in weights]
+        torch.manual_seed(0)
+        losses = torch.stack([loss.detach().float() for loss in step(*made.inputs)[1].values()])
+        update = torch.cat([(new - old).flatten() for new, old in zip(weights, before)])
+        results.append((losses, update))
+        for tensor, kept in zip(state, saved):
+            tensor.copy_(kept)
+    (_, frozen), replayed, eager = results
+    if frozen.abs().max() > 0:
+        raise Failed("the graph ignores the learning rate: at rate 0, weights change")
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(replayed, eager))
+
+
+def tensors_of(part):
+    """All tensors in nested dicts and lists."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+    return [tensor for each in inner for tensor in tensors_of(each)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+def timed(step, device):
+    """Time a step -> {"ms": median, "s to start": duration of the first steps}; on CUDA also what `profiled` returns."""
+    is_cuda, started = device.type == "cuda", time.monotonic()
+    for k in range(job.warm_up):
+        if is_cuda and k == optimization.WARM_UP - 1:  # one step was taken before; the next one records the graph
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        step()
+    if is_cuda:
+        torch.cuda.synchronize()
+    start, marks, launch = round(time.monotonic() - started, 1), [], []
+    for n in range(job.steps + 1):
+        marks.append(torch.cuda.Event(enable_timing=True) if is_cuda else time.perf_counter())
+        if is_cuda:
+            marks[-1].record()
+        if n < job.steps:
+            launch.append(-time.perf_counter())
+            step()
+            launch[-1] += time.perf_counter()
+    if not is_cuda:
+        return {"ms": statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(marks)), "s to start": start}
+    torch.cuda.synchronize()
+    ms = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    peak = round(torch.cuda.max_memory_allocated() / 2**20)
+    found = {"ms": ms, "MiB": peak, "s to start": start, "ms to launch": round(1e3 * min(launch), 2)}
+    return found | profiled(step, ms)
+
+
+def profiled(step, ms, steps=3):
+    """Kernels of a step, the fraction of `ms` in which the GPU runs them, and {name: (calls, ms) per step} of the longest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    ran = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.name]
+    times = {}
+    for event in ran:
+        calls, total = times.get(event.name[:120], (0, 0.0))
+        times[event.name[:120]] = calls + 1 / steps, total + event.time_range.elapsed_us() / 1e3 / steps
+    kernels = round(sum(not event.name.startswith("Mem") for event in ran) / steps)
+    busy = round(sum(total for _, total in times.values()) / ms, 2)
+    most = dict(sorted(times.items(), key=lambda item: -item[1][1])[:40])
+    return {"kernels": kernels, "of the time busy": busy, "most_time": most}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants
+
+
+def replacements(name):
+    """What the variant `name` replaces, as (object, attribute name, replacement)."""
+    pads = {"F.pad": plain_pad, "compile": strips, "gathered": GatheredPad.apply}
+    found = [(models, "reflect_pad", pad) for word, pad in pads.items() if word in name]
+    if "depthwise" in name:
+        found.append((models.DepthwiseConv2d, "forward", in_default_layout(models.DepthwiseConv2d.forward)))
+    return found
+
+
+def plain_pad(x, n):
+    return F.pad(x, (n,) * 4, "reflect")
+
+
+def strips(x, n):
+    """models.reflect_pad as it is on CUDA, but on every device."""
+    return models.ReflectPad2d.apply(x, n) if torch.is_grad_enabled() and x.requires_grad else plain_pad(x, n)
+
+
+class GatheredPad(torch.autograd.Function):
+    """Reflection padding in channels_last as one gather, with a gradient of one gather with sums: 3 kernels instead of 16."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        B, C, H, W = ctx.shape = x.shape
+        ctx.n = n
+        sources, _, _ = mirrored(B, H, W, n, x.device)
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, C)
+        return pixels.index_select(0, sources).view(B, H + 2 * n, W + 2 * n, C).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        B, C, H, W = ctx.shape
+        _, places, starts = mirrored(B, H, W, ctx.n, gradient.device)
+        pixels = gradient.permute(0, 2, 3, 1).reshape(-1, C)
+        return F.embedding_bag(places, pixels, starts, mode="sum").view(B, H, W, C).permute(0, 3, 1, 2), None
+
+
+@functools.cache
+def mirrored(B, H, W, n, device):
+    """Indices for GatheredPad: the source of each padded pixel; the copies of each pixel, in one list; where each starts."""
+    numbers = torch.arange(B * H * W, dtype=torch.float64).view(B, 1, H, W)
+    sources = F.pad(numbers, (n,) * 4, "reflect").flatten().long()
+    counts = sources.bincount(minlength=B * H * W)
+    return [each.to(device) for each in (sources, sources.argsort(stable=True), counts.cumsum(0) - counts)]
+
+
+def in_default_layout(forward):
+    return lambda self, x: forward(self, x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def compile_networks(made):
+    """Compile every network's forward pass, or a generator's two halves, with torch.compile."""
+    for network in made.networks.values():
+        for name in ("encode", "decode") if isinstance(network, models.ResnetGenerator) else ("forward",):
+            setattr(network, name, torch.compile(getattr(network, name), backend=job.compiler, dynamic=False))
