@@ -173,7 +173,7 @@ def _examine(frame, decode):
     for path, load in ((frame.image, load_image), (frame.label, load_label_ids))[: 2 if frame.label else 1]:
         try:
             sizes[load] = tuple(load(path).shape[:-3:-1]) if decode else image_size(path, load is load_label_ids)
-            if load is load_image:
+            if load is load_image:  # at least 16x16
                 check_frames([Frame(frame.name, path, None, sizes[load])])
         except ValueError as error:
             problems.append(str(error))  # not the exception: its traceback would keep pixels in memory
@@ -206,7 +206,7 @@ def _read(path, is_label=False, header_only=False):
             if is_label and raw not in ("L", "P", "P;1", "P;2", "P;4", "1"):  # Pillow rescales grey of 2 or 4 bits
                 raise ValueError(f"{raw} pixels; 8-bit label ids are needed, grey or palette")
             with contextlib.suppress(Exception):  # viewers ignore damaged EXIF; getexif would decode a PNG without these keys
-                if image.format == "JPEG" or image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
+                if image.format != "PNG" or image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
                     orientation = image.getexif().get(ExifTags.Base.Orientation)
             size = image.size[::-1] if orientation in range(5, 9) else image.size
             if not header_only:

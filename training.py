@@ -172,7 +172,7 @@ class Run:
                         optimization.load_optimizer(part, state)
                     else:
                         part.load_state_dict(state)
-                self.iteration, self.steps_summed = saved["iteration"], saved["steps_summed"]
+                self.iteration, self.steps_summed = int(saved["iteration"]), int(saved["steps_summed"])
                 self.sums = saved["sums"][runtime.rank()]
                 self.rows = [row for row in files.read_csv(self.out / "log.csv") if int(row["iteration"]) <= self.iteration]
             except Exception as error:  # a damaged file can raise anything

@@ -714,6 +714,17 @@ def test_images_are_rotated_as_a_viewer_does(tmp_path, orientation, suffix):
     assert np.abs(read - upright)[4:12, 4:-4].max() < 8 and np.abs(read - upright)[20:-4, 4:-4].mean() < 8
 
 
+def test_photographs_with_a_preview_are_rotated_too(tmp_path):
+    """Many phones write JPEG files of several images, which Pillow calls MPO."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (48, 32))
+    image.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[image], exif=exif)
+    with Image.open(tmp_path / "x.jpg") as saved:
+        assert saved.format == "MPO"
+    assert data.image_size(tmp_path / "x.jpg") == (32, 48) and data.load_image(tmp_path / "x.jpg").shape == (3, 48, 32)
+
+
 @pytest.mark.parametrize("tag", [0, 9, 65535])
 def test_an_invalid_orientation_is_ignored(tmp_path, tag):
     exif = Image.Exif()

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import served
 import torch
-from commands import ROOT, run, script, table
+from commands import ROOT, run, script
 from PIL import Image
 
 import data
@@ -112,7 +113,7 @@ def test_a_damaged_frame_ends_all_processes_of_a_run(damaged, runs, tmp_path, na
 
 def test_a_damaged_frame_ends_run_all(damaged, tmp_path):
     small = "--device cpu --width 128 --batch-size 1 --crop-size 64"
-    settings = {"SOURCE": damaged / "source", "TARGET": damaged / "target", "OUT": tmp_path, "PYTHON": sys.executable}
+    settings = {"SOURCE": damaged / "source", "TARGET": damaged / "target", "OUT": tmp_path, "PYTHON": str(served.python())}
     settings |= {"METHODS": "cut", "FID_WEIGHTS": "random", "TRANSLATOR_ARGS": f"--base-channels 4 {small}"}
     settings |= {"SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none {small}", "ADAPT_ARGS": small}
     result = run("bash", ROOT / "run_all.sh", **{name: str(value) for name, value in settings.items()})
@@ -263,22 +264,6 @@ def test_evaluating_on_labels_that_are_all_void_is_refused(pair, runs, tmp_path)
     assert result.returncode == 2 and "void" in last_line(result) and not (tmp_path / "t.csv").exists()
 
 
-# --- E. EXIF: in test_data.py for images and labels; FID's reader here
-
-
-def test_fid_reads_photographs_as_a_viewer_shows_them(pair, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    for i, path in enumerate(sorted((pair / "source" / "images").iterdir())):
-        image = Image.open(path)
-        for folder, turned, options in (("upright", image, {}), ("held", image.rotate(180), {"exif": exif})):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            turned.save(tmp_path / folder / f"{i}.png", **options)
-    words = [tmp_path / "upright", tmp_path / "held", "--weights", "random", "--dims", 64, "--device", "cpu"]
-    result = script("fid.py", *words)
-    assert result.returncode == 0 and float(result.stdout.split()[1]) < 1e-6, result.stdout
-
-
 # --- F. lists that match nothing
 
 
@@ -324,47 +309,23 @@ def test_weights_of_a_run_may_be_given_for_the_run(pair, runs, tmp_path):
 
 
 def test_run_all_starts_from_another_shell_and_from_a_spool_folder(tmp_path):
-    result = run("sh", ROOT / "run_all.sh", "nonsense", PYTHON=sys.executable)
+    result = run("sh", ROOT / "run_all.sh", "nonsense", PYTHON=served.python())
     assert result.returncode == 2 and "takes no argument but test" in result.stderr
     shutil.copy(ROOT / "run_all.sh", tmp_path / "slurm_script")
     command = f"cd {ROOT} && bash {tmp_path}/slurm_script nonsense"
-    assert "takes no argument but test" in run("bash", "-c", command, PYTHON=sys.executable).stderr
-    lost = run("bash", "-c", f"cd {tmp_path} && bash slurm_script", PYTHON=sys.executable)
-    assert lost.returncode == 2 and "call it in the repository's folder" in lost.stderr
+    assert "takes no argument but test" in run("bash", "-c", command, PYTHON=served.python()).stderr
+    lost = run("bash", "-c", f"cd {tmp_path} && bash slurm_script", PYTHON=served.python())
+    assert lost.returncode == 2 and "run it from the repository" in lost.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["slurm_script"]
 
 
 # --- I. what is computed and cannot be stored
 
 
-def test_a_file_system_without_locks_loses_no_distance(pair, tmp_path, watched):
-    """lockf fails as on such a file system; the cache is a file, so that nothing can be kept there."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import fcntl\n\ndef lockf(*_):\n    raise OSError(37, 'No locks available')\n\nfcntl.lockf = lockf\n"
-    )
-    words = [
-        pair / "source" / "images",
-        pair / "target" / "leftImg8bit",
-        "--weights",
-        "random",
-        "--dims",
-        64,
-        "--device",
-        "cpu",
-    ]
-    words += ["--out", tmp_path / "d.csv", "--name", "A"]
-    result = script("fid.py", *words, "--cache", tmp_path / "cache", PYTHONPATH=str(tmp_path))
-    assert result.returncode == 0 and table(tmp_path / "d.csv")[0]["model"] == "A", result.stderr
-    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
-    (tmp_path / "file").write_text("")
-    result = script("fid.py", *words, "--cache", tmp_path / "file" / "cache")
-    assert result.returncode == 0 and "not kept" in result.stderr and result.stdout.startswith("frechet"), result.stderr
-
-
-@pytest.mark.parametrize("name", ["fid.py", "evaluate.py"])
-def test_where_a_result_cannot_be_written_is_said_before_the_work(pair, runs, tmp_path, name):
-    words = [word for word in commands(pair, runs, tmp_path)[name] if word not in ("--out", tmp_path / "t.csv")]
-    result = script(name, *words, "--out", "/proc/clada/t.csv", *(["--name", "A"] if name == "fid.py" else []))
+def test_where_a_result_cannot_be_written_is_said_before_the_work(pair, runs, tmp_path):  # for fid.py: in test_fid.py
+    words = commands(pair, runs, tmp_path)["evaluate.py"]
+    words[words.index("--out") + 1] = "/proc/clada/t.csv"
+    result = script("evaluate.py", *words)
     assert result.returncode == 2 and "/proc/clada" in last_line(result) and "%|" not in result.stderr
 
 
@@ -409,21 +370,6 @@ def test_variables_that_another_launcher_left_are_ignored(pair, runs, tmp_path, 
 # --- N. small ones
 
 
-def test_no_home_folder_is_said_and_none_is_made(pair, tmp_path):
-    words = ["--data", pair / "source", *SMALL, "--encoder", "efficientnet-b0", "--out", tmp_path / "a", "--iterations", 1]
-    code = f"""
-        import os, pwd, runpy, sys
-        pwd.getpwuid = lambda _: {{}}["no such user"]
-        sys.path.insert(0, {str(ROOT)!r})
-        sys.argv[0] = "train_segmenter.py"
-        runpy.run_path({str(ROOT / "train_segmenter.py")!r}, run_name="__main__")
-    """
-    code = textwrap.dedent(code)
-    result = run("bash", "-c", f'cd "{tmp_path}"; unset HOME; exec "$@"', "bash", sys.executable, "-c", code, *words)
-    assert result.returncode == 2 and "TORCH_HOME" in last_line(result), result.stderr
-    assert not (tmp_path / "~").exists()
-
-
 def test_no_inodes_are_said(tmp_path):
     before = f"mkdir -p {tmp_path}/d; mount -t tmpfs -o nr_inodes=3 few {tmp_path}/d; touch {tmp_path}/d/a {tmp_path}/d/b"
     code = f"import runtime, files; runtime.run_script(lambda: files.write_whole('{tmp_path}/d/c', b'x'))"
@@ -447,7 +393,7 @@ def test_words_of_a_stage_may_hold_spaces(pair, tmp_path):
         "SOURCE": str(pair / "source"),
         "TARGET": str(pair / "target"),
         "OUT": str(tmp_path / "o"),
-        "PYTHON": sys.executable,
+        "PYTHON": str(served.python()),
     }
     settings |= {"METHODS": "cut", "FID_WEIGHTS": "random", "TRANSLATOR_ARGS": "--target-splits 'no such split'"}
     assert "leftImg8bit/no such split: " in run("bash", ROOT / "run_all.sh", **settings).stderr
@@ -544,13 +490,6 @@ def test_runs_of_older_versions_are_resumed(pair, runs, tmp_path):
     words = [*trainers(pair, tmp_path)["train_translator.py"], "--iterations", 1]
     result = script("train_translator.py", *words)
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr
-
-
-def test_a_disk_too_small_for_checkpoints_is_said_at_the_start(pair, tmp_path):
-    words = [*trainers(pair, tmp_path)["train_translator.py"][:-1], tmp_path / "small" / "run", "--iterations", 9]
-    before = f"mkdir -p '{tmp_path}/small'; mount -t tmpfs -o size=200k small '{tmp_path}/small'"
-    result = namespace(sys.executable, ROOT / "train_translator.py", *words, before=before)
-    assert result.returncode == 2 and "checkpoints need" in last_line(result) and "%|" not in result.stderr
 
 
 def test_a_drawing_process_that_is_killed_is_said(tmp_path):
