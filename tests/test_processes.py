@@ -22,7 +22,7 @@ DRIVER = """
 import importlib, json, sys
 import torch
 import torch.distributed as dist
-import data, models, runtime
+import data, models, optimization, runtime
 
 torch.set_default_dtype(torch.float64)
 data.to_unit, data.to_signed = lambda images: images.double() / 255, lambda images: images.double() / 127.5 - 1
