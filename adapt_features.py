@@ -151,9 +151,8 @@ def main():
         run.log(graphed_step(x, labels, y), lr=lr)
     opened, steps = int(gate.open_steps), int(gate.steps)
     if args.adversarial_weight > 0:
-        print(f"{args.out}: the gate let the adversary through in {opened} of {steps} steps")
-        if opened == 0:
-            print(f"{args.out}: D_feat never passed --gate {args.gate}: this is fine-tuning without an adversary")
+        never = "" if opened else f": D_feat never passed --gate {args.gate}, so this is fine-tuning without an adversary"
+        print(f"{args.out}: the gate was open in {opened} of {steps} steps{never}")
     run.finish(models.network_state(segmenter, args.width), gate_open_steps=opened, gate_steps=steps)
 
 

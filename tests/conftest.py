@@ -1,6 +1,7 @@
 """Every test starts from one seed; hypothesis takes the same examples at every run and has no time limit on one."""
 
 import os
+import signal
 
 # Set before torch is imported, and for the scripts that tests start: threads that wait for each other on a busy machine cost
 # small networks a hundredfold.
@@ -26,6 +27,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def child_handler():
+    """loading.batches sets a handler for the death of workers, which the loaders of later tests would miss their own for."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture(scope="session")

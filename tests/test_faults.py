@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import served
 import torch
 from commands import ROOT, assert_same_outputs, run, script, table
 
@@ -165,7 +166,7 @@ def test_a_run_survives_kills_while_it_writes(pair, tmp_path, watched):
 
 def test_run_all_passes_a_signal_on(pair, tmp_path):
     settings = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "OUT": str(tmp_path / "out")}
-    settings |= {"PYTHON": sys.executable, "METHODS": "cut", "FID_WEIGHTS": "random", "CUDA_VISIBLE_DEVICES": ""}
+    settings |= {"PYTHON": str(served.python()), "METHODS": "cut", "FID_WEIGHTS": "random", "CUDA_VISIBLE_DEVICES": ""}
     small = "--batch-size 2 --crop-size 64 --width 128 --workers 0 --log-every 1"
     settings |= {"TRANSLATOR_ARGS": f"--base-channels 4 {small}", "ADAPT_ARGS": small}
     settings |= {"SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none {small}"}
