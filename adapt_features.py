@@ -40,16 +40,14 @@ def parse_args(words=None):
         metavar="RUN",
         help="finished run of train_segmenter.py on --source",
     )
-    parser.add_argument("--layer", choices=LAYERS, default="decoder3", help="that D_feat sees (default decoder3, at stride 4)")
+    parser.add_argument("--layer", choices=LAYERS, default="decoder3", help="input of D_feat (default decoder3, stride 4)")
     parser.add_argument(
         "--adversarial-weight", type=runtime.non_negative, default=0.1, help="of the adversarial term (default 0.1)"
     )
     parser.add_argument(
         "--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)"
     )
-    parser.add_argument(
-        "--gate", type=runtime.fraction, default=0.6, help="accuracy of D_feat above which the adversary acts (default 0.6)"
-    )
+    parser.add_argument("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
     training.add_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
     return parser.parse_args(words)
 
@@ -115,7 +113,7 @@ def main():
     exclude = data.read_names(args.exclude) if args.exclude else ()
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
     data.check_frames(target, args.width, args.crop_size)
-    if args.check:  # the output of stages 2 and 3 need not exist yet
+    if args.check:  # not --source and --segmenter: stages 2 and 3 may not have run yet
         run.print_check()
         return
     source = data.list_frames(args.source, exclude=exclude)

@@ -94,7 +94,7 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     if problems:
         raise ValueError(problems[0] + f" (and {len(problems) - 1} more: see data.py DIR --check-data)" * (len(problems) > 1))
     if unmatched := sorted({*map(_bare_name, exclude)} - {*map(_bare_name, frames.left_out)}):
-        log.warning("%s: %d names to exclude match no frame: %s", printable(root), len(unmatched), first_few(unmatched))
+        log.warning("%s: %d excluded names match no frame: %s", printable(root), len(unmatched), first_few(unmatched))
     for reason in dict.fromkeys(frames.left_out.values()):
         names = [name for name, why in frames.left_out.items() if why == reason]
         log.warning("%s: %d %s: %s", printable(root), len(names), reason, first_few(names))
@@ -110,7 +110,7 @@ def check_frames(frames, width=None, crop=None):
         if h < least_h or w < least_w:
             too_small.append(f"{printable(frame.image)}: {w}x{h}{f' at --width {width}' if width else ''}, smaller than")
     if too_small:
-        least = f"the crop of {least_w}x{least_h}: lower --crop-size" if crop else "the minimum of 16x16"
+        least = f"the crop of {least_h}x{least_w} (HxW): lower --crop-size" if crop else "the minimum of 16x16"
         raise ValueError(f"{too_small[0]} {least}" + f" ({len(too_small)} of {len(frames)} frames)" * (len(frames) > 1))
     labels, ids = [frame.label for frame in frames if frame.label], set()
     for label in labels:  # usually the first one settles it
@@ -148,7 +148,7 @@ def _problems(frames, root, split, labelled, exclude, decode=False):
     with ThreadPoolExecutor(os.cpu_count() if decode else 16) as pool:  # decoding needs a core; reading headers mostly waits
         for frame, differs, problems in pool.map(lambda frame: _examine(frame, decode), pairs):
             if differs and is_gta5:
-                frames.left_out[frame.name] = "left out, as image and label differ in size"
+                frames.left_out[frame.name] = "left out, because image and label differ in size"
             elif differs or problems:
                 yield from problems + differs * [f"{printable(frame.label)}: differs from its image in size"]
             else:

@@ -89,16 +89,14 @@ def predict(segmenter, image, size, autocast):
     return logits[0].argmax(0)
 
 
-def evaluate(args, frames):
+def evaluate(args, frames, device, precision):
     """Predict labelled frames -> their confusion matrix; --save-predictions also writes each prediction as PNG.
 
     Under torchrun each process predicts every n-th frame and returns the matrix summed over all of them.
     """
-    device = runtime.pick_device(args.device)
     segmenter = load_segmenter(args.segmenter, "--segmenter", device)
     data.check_frames(frames, segmenter.width)
     runtime.join_processes(device)
-    precision = runtime.pick_precision(args.precision, device)
     autocast = runtime.autocast(device, precision)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = runtime.shard(frames)
@@ -135,7 +133,6 @@ def read_table(path):
 def add_row(path, row):
     """Add a row to a CSV file, or replace the row of the same model. The lock lets several evaluations share the file."""
     with files.lock(path.parent, wait=True):
-        files.clear_parts(path.parent)
         files.write_csv(path, list((read_table(path) | {row["model"]: row}).values()))
 
 
@@ -158,11 +155,13 @@ def parse_args():
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
     parser.add_argument("--split", default="val", help="split of a Cityscapes layout (default val)")
-    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one per line")
+    parser.add_argument("--exclude", type=runtime.real_path, metavar="FILE", help="names of frames to leave out, one per line")
     parser.add_argument("--name", metavar="MODEL", help="model name in the row (default: the name of RUN)")
-    parser.add_argument("--out", type=runtime.path, metavar="FILE.csv", help="table to add the row to")
     parser.add_argument(
-        "--skip-done", action="store_true", help="do nothing if RUN was evaluated with the same weights, frames and settings"
+        "--out", type=runtime.path, metavar="FILE.csv", help="add the row to this table, instead of RUN/evaluation.json"
+    )
+    parser.add_argument(
+        "--skip-done", action="store_true", help="do nothing if RUN/evaluation.json is of the same weights, frames and settings"
     )
     parser.add_argument(
         "--save-predictions",
@@ -177,7 +176,10 @@ def parse_args():
         help="fp32 (default): float32 throughout, so that scores agree between machines; bf16: autocast",
     )
     runtime.add_device_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.skip_done and (args.out or args.save_predictions):
+        parser.error("--skip-done: not with --out or --save-predictions, which are written at every call")
+    return args
 
 
 def main():
@@ -187,33 +189,30 @@ def main():
     for flag, path in (("--out", args.out), ("--save-predictions", args.save_predictions)):
         if path:
             files.check_out(path, args.data, flag=flag)
-    table = read_table(args.out) if args.out else {}
+    if args.out:
+        read_table(args.out)  # before the work, not after it
+    device = runtime.pick_device(args.device)
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     settings = {
         "frames": frames.fingerprint(),
         "content": frames.content(images=True),
         "weights": files.digest(weights),
-        "precision": args.precision,
+        "precision": runtime.pick_precision(args.precision, device),
     }
     if args.skip_done and evaluation.is_file():
         row, previous = read_evaluation(evaluation)
-        if previous == settings and row["model"] == name and (not args.out or table.get(name) == row):
-            print(f"{name}: evaluated")
+        if previous == settings and row["model"] == name:
+            print(f"{name}: already evaluated")
             return
-    if runtime.torchrun("RANK", 0) == 0:  # before the work, not after it
+    if runtime.torchrun("RANK", 0) == 0:
         for folder in filter(None, (args.out.parent if args.out else args.segmenter, args.save_predictions)):
             files.check_writable(folder)
-    row = table_row(name, scores(evaluate(args, frames)))
+    row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])))
     print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
-    if runtime.is_first():
-        if args.out:
-            add_row(args.out, row)
-        try:
-            files.write_json(evaluation, {"row": row} | settings)
-        except OSError as error:
-            if not args.out:
-                raise
-            log.warning("%s: not written (%s), so --skip-done will evaluate this run again", evaluation, error.strerror)
+    if runtime.is_first() and args.out:
+        add_row(args.out, row)
+    elif runtime.is_first():
+        files.write_json(evaluation, {"row": row} | settings)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def frame_name(name):
 def read_batch(paths):
     """B image files -> (B, 3, 299, 299) float32 array in [0, 1], or the exception that reading one raised.
 
-    Arrays pass through pipes: tensors would need /dev/shm. Exceptions are returned: raised, their frames keep workers alive.
+    Arrays pass through pipes: tensors would need /dev/shm. Exceptions are returned: tracebacks would keep workers alive.
     """
     arrays = []
     try:

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, locked folders, JSON and CSV.
+"""Atomic writes, folder locks, JSON and CSV.
 
-Every script writes with `write_whole`: after a kill, a full disk or a lost connection there is the old file or the new one.
+Every script writes with `write_whole`: after a kill, a full disk or a lost connection, a file holds its old or its new content.
 A folder is locked while it is filled (`lock`); the process that holds the lock may remove what killed writers left.
 """
 
@@ -102,12 +102,12 @@ def lock(folder, wait=False):
             break
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                log.warning("%s: cannot be locked here (%s): let one process at a time write there", folder, error.strerror)
+                log.warning("%s: no locking on this file system (%s): let only one process write there", folder, error.strerror)
                 break
             file.seek(0)
             holder = file.read().strip() or "another process"
             if not wait:
-                raise ValueError(f"{folder}: {holder} is at work there") from error
+                raise ValueError(f"{folder}: in use by {holder}") from error
         if second % 60 == 0:
             log.info("%s: waiting for %s", folder, holder)
         time.sleep(1)
@@ -143,7 +143,7 @@ def finished(run, flag):
     """The path of a finished run's weights.pt. Raises ValueError naming the flag if the run does not exist or is unfinished."""
     weights = Path(run) / "weights.pt"
     if not weights.is_file():
-        raise ValueError(f"{flag} {run}: no weights.pt there; is that run finished? The command that started it resumes it")
+        raise ValueError(f"{flag} {run}: no weights.pt there: not finished; run its command again to resume it")
     return weights
 
 

@@ -1,7 +1,7 @@
 """Batches in order, read by worker processes.
 
-DataLoader does the reading; this file makes its failures visible. A sample that cannot be read, a worker that is killed and a
-small /dev/shm raise an error instead of hanging, and the log names the frame that a stalled disk does not deliver.
+A wrapper around DataLoader: an unreadable sample or a killed worker raises an error instead of hanging, batches need no room
+in /dev/shm, and when the disk stalls the log names the frame that is being waited for.
 """
 
 import logging
@@ -31,7 +31,7 @@ def stacked(samples):
 
 
 class SampleNumbers:
-    """The sample numbers of each batch of one process, from iteration `start` on.
+    """Batch sampler: the sample numbers of this process for iterations `start` to `stop` - 1.
 
     Iteration i of n processes draws samples i * n * batch_size onwards; each process takes batch_size of them in turn.
     """
@@ -69,7 +69,7 @@ def batches(dataset, indices, workers, device=None, collate=stacked):
     awaited, is_over = {}, threading.Event()
 
     def notice(*_):
-        """Raise if a worker died, because its half-sent batch would never arrive; but never in the middle of a step."""
+        """On SIGCHLD, raise if a worker died: its half-sent batch would never arrive. Not during a step."""
         if awaited and not all(worker.is_alive() for worker in workers):
             raise ChildProcessError(KILLED)
 
@@ -140,7 +140,7 @@ def _identity(batch):
 
 
 def _watch(dataset, awaited, workers, is_over):
-    """Log what is awaited, every PATIENCE seconds. awaited: the batch, since when, and when to log; empty during a step."""
+    """Log the frames waited for, every PATIENCE seconds. awaited: batch, start, next time to log; empty during a step."""
     while not is_over.wait(0.5) and threading.main_thread().is_alive():
         if awaited and not all(worker.is_alive() for worker in workers):  # it died during a step
             os.kill(os.getpid(), signal.SIGCHLD)

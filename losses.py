@@ -19,7 +19,7 @@ def at_least_float32(x):
 
 
 def gan_loss(logits, is_real, kind="lsgan"):
-    """Equation 1 as one term: how far a discriminator's logits (any shape) are from saying all real, or all fake.
+    """One term of equation 1: loss of a discriminator's logits (any shape) against the target "real" or "fake".
 
     "vanilla" is equation 1 as written: -log D for real, -log(1 - D) for fake, with D = sigmoid(logits). For the generator,
     is_real=True on fakes is its non-saturating form. "lsgan" is the least-squares form: (logits - 1)^2 for real, logits^2

@@ -22,7 +22,7 @@ from torch import nn
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """Instance norm without affine parameters. For one image, batch norm does the same and need not leave channels_last."""
+    """Instance norm without affine parameters. At batch size 1 it runs batch norm: same values, keeps channels_last."""
 
     def forward(self, x):
         if x.shape[0] == 1:
@@ -371,7 +371,7 @@ class FeatureDiscriminator(nn.Module):
         return self.layers(x)
 
 
-def network_state(network, width=None):
+def network_state(network, width):
     """Content of weights.pt for a ResnetGenerator or a UNet. width: of the frames that it was trained on, in pixels."""
     return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), width=width)
 
@@ -390,11 +390,11 @@ def load_network(path, expected=None, device="cpu"):
         except Exception as error:  # a damaged file can raise any type
             raise ValueError(f"{path}: not the weights.pt of a finished run ({type(error).__name__})") from error
     if expected is not None and not isinstance(network, expected):
-        raise ValueError(f"{path}: holds a {type(network).__name__}, where a {expected.__name__} is needed")
+        raise ValueError(f"{path}: holds a {type(network).__name__}; a {expected.__name__} is needed")
     network.width = saved.get("width")
     if network.width is None:  # weights.pt of older versions
         try:
             network.width = int(json.loads(Path(path).with_name("args.json").read_text())["width"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: holds no training width, and neither does an args.json in its folder") from error
+            raise ValueError(f"{path}: no training width, neither in this file nor in an args.json beside it") from error
     return network.to(device).eval()

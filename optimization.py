@@ -1,4 +1,4 @@
-"""One training step: Adam, gradients of one or many GPUs, learning rates, CUDA graphs, memory layout, finite state, time."""
+"""Parts of a training step: Adam, learning rates, gradient averaging, CUDA graphs, memory format, nan checks, timing."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import runtime
 
 WARM_UP = 3  # steps before a CUDA graph is recorded; cuDNN also tries its algorithms in them, with large workspaces
-# Steps that are not part of a graph, the first ones among them, need no warning.
+# torch warns when such an optimizer steps outside a graph, which warm-up does on purpose.
 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
 
 
@@ -42,7 +42,7 @@ def constant_then_linear(iteration, iterations, base):
 
 
 def backward_and_step(optimizer, loss):
-    """One step of an optimizer; its gradients are averaged over all processes."""
+    """Backpropagate the loss and step the optimizer, with gradients averaged over all processes."""
     if runtime.processes() > 1:
         loss = _averaging(optimizer)(loss)
     optimizer.zero_grad(set_to_none=runtime.processes() == 1)

@@ -71,9 +71,10 @@ def read_numbers(path, *keys):
 
 def table2(out):
     """{model: row} of table 2, the models of the paper first. Raises ValueError for rows that do not belong in one table."""
-    rows, first = {}, None
+    rows, first, names = {}, None, {name: model for model, name in MODELS.items()}
     for path in sorted(out.glob("segmenters/*/evaluation.json")):
         row, settings = read_evaluation(path)
+        row["model"] = names.get(path.parent.name, row["model"])
         frames = settings.get("frames"), settings.get("content")
         first = first or (path, frames)
         if frames != first[1]:
@@ -146,6 +147,13 @@ def write_tables(out):
 # Figures
 
 
+def labelled_set(path):
+    """The data set of a run and the names that it excludes, from its args.json."""
+    args = files.read_json(path, "data")
+    is_there = args.get("exclude") and Path(args["exclude"]).is_file()
+    return args["data"], data.read_names(args["exclude"]) if is_there else ()
+
+
 def translations_figure(out):
     """Figure 3: frames of the source, and what each translator makes of them."""
     folders = {model: out / "translated" / name for model, name in MODELS.items()}
@@ -154,8 +162,10 @@ def translations_figure(out):
     if not folders or not settings.is_file():
         print(f"Figure 3 needs {settings if folders else out / 'translated/*/images'}: left out")
         return
-    folders = {"Source": files.read_json(settings, "data")["data"], **folders}
-    images = [{frame.name: frame.image for frame in data.list_frames(folder, labelled=False)} for folder in folders.values()]
+    source, exclude = labelled_set(settings)
+    folders = {"Source": source, **folders}
+    frames = [data.list_frames(folder, labelled=False, exclude=exclude) for folder in folders.values()]
+    images = [{frame.name: frame.image for frame in listed} for listed in frames]
     names = sorted(set.intersection(*map(set, images)))  # stage 2 may still be at work
     rows = [[thumbnail(data.load_image(paths[name])) for paths in images] for name in evenly_spaced(names)]
     save_figure(out / "results" / "translations.png", list(folders), rows)
@@ -169,14 +179,12 @@ def segmentations_figure(out):
     if missing := [path for path in (*(run / "weights.pt" for run in runs), settings) if not path.is_file()]:
         print(f"Figure 4 needs {', '.join(map(str, missing))}: left out")
         return
-    target = files.read_json(settings, "data")
-    listed = target.get("exclude") and Path(target["exclude"]).is_file()
-    exclude = data.read_names(target["exclude"]) if listed else ()
+    target, exclude = labelled_set(settings)
     device = torch.device("cpu")
     autocast = runtime.autocast(device, "fp32")
     segmenters = [load_segmenter(run, "OUT", device) for run in runs]
     rows = []
-    for frame in evenly_spaced(data.list_frames(target["data"], "val", exclude=exclude)):
+    for frame in evenly_spaced(data.list_frames(target, "val", exclude=exclude)):
         image, label = data.load_image(frame.image), data.load_label(frame.label)
         inputs = [(segmenter, data.resize_to_width(image, segmenter.width)) for segmenter in segmenters]
         maps = [*(predict(segmenter, resized, label.shape, autocast) for segmenter, resized in inputs), label]

@@ -70,7 +70,7 @@ METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SC
 case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
 [[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed"
 for method in $METHODS; do
-    case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS has $method: cyclegan, cut, fastcut, fastcut_l5" ;; esac
+    case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS contains $method; choose from cyclegan, cut, fastcut, fastcut_l5" ;; esac
 done
 scaled() { LC_ALL=C awk -v n="$1" -v s="$ITERATIONS_SCALE" 'BEGIN { v = int(n * s + 0.5); print v < 1 ? 1 : v }'; }
 
@@ -78,7 +78,7 @@ if [ -z "${SOURCE:-}${TARGET:-}" ]; then
     SETTINGS=${SETTINGS:-demo} OUT=${OUT:-runs/demo}
     [ "$SETTINGS" = demo ] || fail "SETTINGS is $SETTINGS: without SOURCE and TARGET it can only be demo"
 else
-    [ -n "${SOURCE:-}" ] && [ -n "${TARGET:-}" ] || fail "SOURCE and TARGET are two data sets: one without the other is no use"
+    [ -n "${SOURCE:-}" ] && [ -n "${TARGET:-}" ] || fail "set both SOURCE and TARGET, or neither"
     SETTINGS=${SETTINGS:-paper}
     if [ "$SETTINGS" = paper ]; then OUT=${OUT:-runs/paper}; else OUT=${OUT:-runs/small}; fi
 fi

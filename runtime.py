@@ -29,9 +29,12 @@ log = logging.getLogger("runtime")
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
-# What torch says, in a plain RuntimeError, when a CPU or a CUDA library is out of memory, and the system when it cannot fork.
+# In messages of out-of-memory errors that are plain RuntimeErrors (CPU, CUDA libraries) or OSErrors (fork).
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
-REMEDIES = {  # for errors of the system that name no file
+_TRAINER = ["--batch-size", "--crop-size", "--width", "--workers"]
+MEMORY_FLAGS = {"train_translator.py": [*_TRAINER, "--base-channels"], "train_segmenter.py": _TRAINER}
+MEMORY_FLAGS |= {"adapt_features.py": _TRAINER, "translate_dataset.py": ["--batch-size", "--workers"]}
+REMEDIES = {  # for OSErrors that name no file
     errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
     errno.EROFS: "/dev/shm is read-only; give --workers 0",
     errno.EMFILE: "raise ulimit -n, or lower --workers",
@@ -61,7 +64,7 @@ def run_script(main):
         status, is_collective = stop.args[0] if stop.args else 130, False
     except Exception as error:
         (status, text), is_collective = _explain(error), False
-        sys.unraisablehook = lambda _: None  # objects that are torn down half-built have nothing to add
+        sys.unraisablehook = lambda _: None  # silence destructors of half-initialised objects
         if text is None or os.environ.get("CLADA_TRACEBACK"):
             traceback.print_exc()
         else:
@@ -81,8 +84,8 @@ def _explain(error):
     """(exit status, one line) for an error that a user can cause, (1, None) for any other."""
     text = files.printable(str(error).strip() or type(error).__name__)
     first = files.printable(str(error).strip().partition("\n")[0])
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in first for words in OUT_OF_MEMORY):
-        return 1, "not enough memory: lower --batch-size, --crop-size, --width, --base-channels or --workers"
+    if is_out_of_memory(error):
+        return 1, f"not enough memory: lower {', '.join(MEMORY_FLAGS.get(Path(sys.argv[0]).name, ['--workers']))}"
     if isinstance(error, (FloatingPointError, ChildProcessError)):
         return 1, text
     if isinstance(error, OSError) and error.filename is None and error.errno in REMEDIES:
@@ -90,8 +93,15 @@ def _explain(error):
     if isinstance(error, (ValueError, OSError)):
         return 2, text
     if isinstance(error, RuntimeError) and processes() > 1:
-        return 1, f"another process of this run stopped and says why; if none does, this one did ({first})"
+        return 1, f"another process of this run failed, see its message; if there is none, the cause is: {first}"
     return 1, None
+
+
+def is_out_of_memory(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error).strip().partition("\n")[0]
+    return isinstance(error, (RuntimeError, OSError)) and any(words in message for words in OUT_OF_MEMORY)
 
 
 class _LossyFile(io.FileIO):
@@ -105,7 +115,7 @@ class _LossyFile(io.FileIO):
 
 
 def _survive_closed_streams():
-    """Lose output that nobody can receive (closed pipe, full disk) instead of the work that it reports."""
+    """Drop output that cannot be written (closed pipe, full disk), so that it cannot end a training run."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the parent process
@@ -133,7 +143,8 @@ def number(kind, least, most, what=None):
         except ValueError:
             value = None
         if value is None or not least <= value <= most:  # nan fails the comparison
-            raise argparse.ArgumentTypeError(f"{text!r} is no {what or f'{kind.__name__} from {least} to {most}'}")
+            expected = what or f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse
@@ -141,15 +152,15 @@ def number(kind, least, most, what=None):
 
 positive_int, count, seed = number(int, 1, 2**31 - 1), number(int, 0, 2**31 - 1), number(int, 0, 2**63 - 1)
 worker_count = number(int, 0, 512)  # more would bring the machine down before an error could be reported
-positive = number(float, sys.float_info.min, sys.float_info.max, "finite number above 0")
-non_negative = number(float, 0, sys.float_info.max, "finite number from 0 up")
+positive = number(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
+non_negative = number(float, 0, sys.float_info.max, "a finite number of at least 0")
 fraction = number(float, 0, 1)
 
 
 def path(text):
     """An argparse type. An empty path, which would be the working directory, comes from an unset shell variable."""
     if not text:
-        raise argparse.ArgumentTypeError("empty, where a path is needed")
+        raise argparse.ArgumentTypeError("is empty; give a path")
     return Path(text)
 
 
@@ -192,7 +203,7 @@ def add_device_arguments(parser):
         default=default_workers(),
         help="processes that load images (default: one per core, at most 16)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of everything random (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of all random numbers, if the script draws any (default 0)")
 
 
 def default_workers():
@@ -202,7 +213,7 @@ def default_workers():
 
 def add_compute_arguments(parser):
     """The arguments that training and stage 2 share."""
-    parser.add_argument("--exclude", metavar="FILE", help="names of frames to leave out, one per line")
+    parser.add_argument("--exclude", type=real_path, metavar="FILE", help="names of frames to leave out, one per line")
     parser.add_argument(
         "--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed"
     )
@@ -380,7 +391,7 @@ def all_gather(state):
 
 
 def shard(items):
-    """Every n-th item: this process's share of a list, whatever is done already."""
+    """This process's share of a list: every n-th item."""
     return items[rank() :: processes()]
 
 
@@ -390,7 +401,7 @@ def barrier():
 
 
 def serve_parent(*_):
-    """For worker processes: leave signals, which reach a whole process group, to the parent, and die with the parent."""
+    """Worker init: ignore stop signals, which reach the whole process group; die with the parent."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # not Linux

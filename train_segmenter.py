@@ -4,8 +4,8 @@
     python train_segmenter.py --data translated/fastcut_l5 --out runs/fastcut_l5       # one per translated set
     python train_segmenter.py --data cityscapes --split train --out runs/oracle        # Oracle
 
-Defaults are the paper's: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, Adam at 2e-4, a twentieth of it for the
-last third, the encoder frozen for the first third; pixel-wise cross entropy ignoring void, width 1024, crops of 512x512.
+Defaults are the paper's: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, Adam at 2e-4, divided by 20 for the
+last third, encoder frozen for the first third; pixel-wise cross entropy ignoring void, width 1024, crops of 512x512.
 The same command resumes an unfinished run.
 """
 
@@ -25,7 +25,7 @@ def parse_args(words=None):
     parser.add_argument(
         "--data", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
     )
-    parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
+    parser.add_argument("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
     parser.add_argument("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
     parser.add_argument(
         "--encoder-weights", default="imagenet", metavar="{imagenet,none,FILE}", help="initial weights (default imagenet)"
@@ -33,7 +33,7 @@ def parse_args(words=None):
     parser.add_argument(
         "--freeze-iterations",
         type=runtime.count,
-        help="steps with a frozen encoder (default: a third of all, 0 if its weights are random)",
+        help="steps with a frozen encoder (default: a third of --iterations; 0 with --encoder-weights none)",
     )
     training.add_arguments(parser, iterations=120_000, batch_size=8, crop_size="512", lr=2e-4)
     args = parser.parse_args(words)
@@ -48,7 +48,7 @@ def learning_rate(iteration, iterations, base):
 
 
 def training_step(segmenter, optimizer, images, labels, autocast):
-    """Cross entropy over the pixels that are not void. images: (B, 3, H, W) in [0, 1]; labels: (B, H, W) train ids."""
+    """One step. images: (B, 3, H, W) in [0, 1]; labels: (B, H, W) train ids -> (logits (B, C, H, W), loss)."""
     with autocast:
         logits = segmenter(images)
     loss = segmentation_loss(logits, labels)
@@ -67,7 +67,7 @@ def main():
     data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     segmenter = synchronise_batchnorm(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
-    if args.check:  # after the encoder's weights have been found
+    if args.check:  # only now, so that --check also loads the encoder's weights
         run.print_check()
         return
     segmenter.to(run.device, memory_format=torch.channels_last).train()

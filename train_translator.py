@@ -28,24 +28,32 @@ def parse_args(words=None):
     parser = runtime.parser(__doc__)
     folder = dict(type=runtime.real_path, required=True, metavar="DIR")
     parser.add_argument("--source", **folder, help="source images X, GTA5 or Cityscapes layout; labels are not read")
-    parser.add_argument("--target", **folder, help="target images Y, likewise")
+    parser.add_argument("--target", **folder, help="target images Y, GTA5 or Cityscapes layout; labels are not read")
     parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
     parser.add_argument("--method", required=True, choices=("cyclegan", *VARIANTS))
-    parser.add_argument("--base-channels", type=runtime.positive_int, default=64, help="of all networks (default 64)")
+    parser.add_argument(
+        "--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)"
+    )
     parser.add_argument("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")
     parser.add_argument("--gan-loss", choices=("lsgan", "vanilla"), default="lsgan", help="form of equation 1 (default lsgan)")
-    parser.add_argument("--lambda-x", type=runtime.non_negative, help="weight of PatchNCE (default: the method's)")
-    parser.add_argument("--lambda-y", type=runtime.non_negative, help="weight of the identity term (default: the method's)")
-    parser.add_argument("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: the method's)")
+    parser.add_argument("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
+    parser.add_argument(
+        "--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)"
+    )
+    parser.add_argument("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
     parser.add_argument(
         "--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs 5)"
     )
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)
+    if min(args.crop_size) < 24:
+        parser.error(f"--crop-size {min(args.crop_size)}: the discriminator needs crops of at least 24 pixels")
     if args.method == "cyclegan":
         if (args.lambda_x, args.lambda_y, args.num_patches) != (None, None, None):
             parser.error("--lambda-x, --lambda-y and --num-patches belong to PatchNCE, which cyclegan does not use")
     else:
+        if args.identity_weight > 0:
+            parser.error("--identity-weight belongs to cyclegan; use --lambda-y for the other methods' identity term")
         for name, value in zip(("lambda_x", "lambda_y", "num_patches"), VARIANTS[args.method], strict=True):
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -146,7 +154,7 @@ class CycleTranslation:
 
 
 class ImagePool(training.PerProcess):
-    """The last translations, which replace half of the newest ones for D (Shrivastava et al. 2017; Zhu et al. 2017).
+    """Image history for D: half of the time it sees an earlier translation (Shrivastava et al. 2017; Zhu et al. 2017).
 
     All decisions are made on the device, so that a CUDA graph can repeat them.
     """
@@ -158,7 +166,7 @@ class ImagePool(training.PerProcess):
     def exchange(self, images):
         """(B, 3, H, W) -> (B, 3, H, W).
 
-        While the pool fills, images come back as they are. Then each is exchanged for a stored one with probability 1/2.
+        Until the pool is full, images are stored and returned. Then each is swapped with a stored one with probability 1/2.
         """
         if self.images is None:
             self.images = images.new_zeros((self.size, *images.shape[1:]))

@@ -36,7 +36,7 @@ import runtime
 log = logging.getLogger("training")
 
 # Arguments that may differ when a run is resumed, because they do not change what it computes. Paths of data and weights
-# are among them: their content is compared.
+# may differ because their content is compared.
 FREE_ARGUMENTS = set("version out device deterministic workers cache log_every save_every check exclude".split())
 FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
 FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # until finished: see is_finished
@@ -106,12 +106,12 @@ class Run:
     def is_finished(self, **frames):
         """True if the run has finished on these data, {name: data.FrameList}. ValueError if it was started on other data.
 
-        The content of files may change until a run has finished, because a damaged file may have been repaired.
+        In an unfinished run, changed file content only gives a warning: a damaged file may have been repaired.
         """
         for name, listed in frames.items():
             setattr(self.args, f"frames_of_{name}", listed.fingerprint())
             setattr(self.args, f"content_of_{name}", listed.content())
-            self.left_out |= listed.left_out
+            self.left_out |= {f"--{name} {frame}": reason for frame, reason in listed.left_out.items()}
         self.compare_arguments()
         if not (self.out / "weights.pt").is_file():
             for name in frames:
@@ -123,12 +123,13 @@ class Run:
         print(f"{self.out}: finished")
         if runtime.is_first() and not self.args.check:
             with contextlib.suppress(OSError):  # a read-only archive
-                files.write_json(self.out / "args.json", self.arguments)  # with the data's present location
+                now = {key: self.arguments[key] for key in ("source", "target", "data", "segmenter") if key in self.arguments}
+                files.write_json(self.out / "args.json", self.saved | now)  # where the data are now
         return True
 
     def print_check(self):
-        """What --check prints once arguments and data have been found in order."""
-        print(f"{self.args.script}: arguments and data are all right ({self.device}, {self.args.precision})")
+        """Report that --check found no problem."""
+        print(f"{self.args.script}: arguments and data are OK ({self.device}, {self.args.precision})")
 
     def restore(self, **state):
         """Name the parts of a checkpoint (objects with state_dict and load_state_dict), and load it if there is one.
@@ -176,6 +177,8 @@ class Run:
                 self.sums = saved["sums"][runtime.rank()]
                 self.rows = [row for row in files.read_csv(self.out / "log.csv") if int(row["iteration"]) <= self.iteration]
             except Exception as error:  # a damaged file can raise anything
+                if runtime.is_out_of_memory(error):
+                    raise
                 raise ValueError(
                     f"{self.checkpoint}: not a checkpoint of this run, or log.csv in the same folder is damaged "
                     f"({type(error).__name__}); delete {self.out} to start anew"
@@ -189,9 +192,10 @@ class Run:
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
         self.clock = optimization.StepClock(self.device)
         self.warm_up()
-        self.is_waiting = True
+        self.is_waiting = False
         with _caught_signals(self) as signals, bar:
             try:
+                self.is_waiting = True
                 for batch in batches:
                     self.is_waiting = False
                     torch.manual_seed(int(np.random.SeedSequence((args.seed, self.iteration)).generate_state(1)[0]))
@@ -199,7 +203,7 @@ class Run:
                     yield self.iteration, batch
                     self._after_step(signals)
                     bar.update()
-                    self.is_waiting = True
+                    self.is_waiting = self.iteration < args.iterations
             except _Stopped:
                 self.save()
                 sys.exit(128 + signals[0])
@@ -219,7 +223,7 @@ class Run:
             sys.exit(128 + signal_number)
 
     def warm_up(self):
-        """Leave the next steps out of the peak memory on CUDA: they are the first of their kind."""
+        """Exclude the next steps from peak memory on CUDA: cuDNN tries its algorithms in them."""
         self.warming_up = optimization.WARM_UP + 1 if self.device.type == "cuda" else 0  # one more, which is measured
 
     def _count_warm_up(self):
@@ -230,7 +234,7 @@ class Run:
 
     @property
     def samples(self):
-        """The number of samples that all processes draw in all iterations."""
+        """Samples in the whole run: iterations x batch size x processes."""
         return self.args.iterations * self.args.batch_size * runtime.processes()
 
     def log(self, losses, grid=None, **values):
@@ -330,11 +334,11 @@ class Run:
 
 
 class PerProcess:
-    """Base class of checkpoint parts of which each process has its own."""
+    """Marks checkpoint parts whose state differs between processes."""
 
 
 def torch_bytes(content):
-    """What torch.save writes, as bytes. (A file that torch.save writes itself would contain its own name.)"""
+    """Serialise with torch.save. (Saving to a path would put the file's name into its content.)"""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
@@ -343,6 +347,8 @@ def torch_bytes(content):
 def _flag(key):
     """The flag that an entry of args.json describes: content_of_source -> "content of --source"."""
     what, _, name = key.rpartition("_of_")
+    if key == "processes":
+        return "the number of processes"
     return (f"{what} of --" if what else "--") + name.replace("_", "-")
 
 
@@ -355,15 +361,15 @@ def _agree(signals):
 
 
 class _Stopped(BaseException):
-    """Raised by a signal that arrives while the next batch is awaited, however long that takes."""
+    """Raised by a signal that arrives while waiting for a batch, which may take arbitrarily long."""
 
 
 @contextlib.contextmanager
 def _caught_signals(run):
     """A list to which SIGTERM, SIGINT and SIGHUP are appended, so that the current step is finished and saved first.
 
-    A signal may come several times: torchrun and run_all.sh forward what their process group has already received. One of
-    several processes does not stop while it waits, because all must stop after the same step.
+    A signal may come several times: torchrun and run_all.sh forward what their process group has already received. With
+    several processes, none stops while waiting for a batch, because all must stop after the same step.
     """
     caught, previous = [], {}
 

@@ -32,7 +32,7 @@ def parse_args():
     parser.add_argument(
         "--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
     )
-    parser.add_argument("--split", default="train", help="of a Cityscapes layout (default train)")
+    parser.add_argument("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
     parser.add_argument(
         "--translator", type=runtime.run_path, required=True, metavar="RUN", help="finished run of train_translator.py"
     )
@@ -75,8 +75,8 @@ def open_out(args, settings, frames):
     """Record the settings that the images in --out depend on. ValueError if some were made with other settings."""
     path = args.out / "args.json"
     saved = files.read_json(path) if path.is_file() else {}
-    if not saved and any((args.out / "images").glob("*")):
-        raise ValueError(f"--out {args.out}: holds images that are not from this script; give another folder")
+    if saved.get("script", settings["script"]) != settings["script"] or (not saved and any((args.out / "images").glob("*"))):
+        raise ValueError(f"--out {args.out}: holds files that are not from this script; give another folder")
     if args.precision == "auto":
         settings["precision"] = saved.get("precision", settings["precision"])
     changed = [key for key in settings if key in saved and saved[key] != settings[key]]
@@ -86,7 +86,7 @@ def open_out(args, settings, frames):
     elif changed:
         listed = ", ".join(f"{key} (was {saved[key]}, is now {settings[key]})" for key in changed)
         raise ValueError(
-            f"--out {args.out}: started with another {listed}; give another --out, or delete this one to start anew"
+            f"--out {args.out}: started with other settings: {listed}; give another --out, or delete this one to start anew"
         )
     runtime.barrier()  # all processes have compared
     if runtime.is_first():
@@ -104,7 +104,7 @@ def finished_names(out):
 
 
 def translate_batches(generator, batches, width, args, device, autocast):
-    """Write the translations of lists of frames, and their labels. Threads encode PNG files while the generator continues."""
+    """Translate batches of frames and write images and labels; threads encode the PNGs while the generator continues."""
     frames = [frame for batch in batches for frame in batch]
     starts = itertools.accumulate(map(len, batches), initial=0)
     indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
@@ -148,6 +148,7 @@ def main():
     if runtime.is_first():
         lock = files.lock(args.out)  # noqa: F841 - held until this process ends
     settings = {
+        "script": "translate_dataset.py",
         "frames_of_source": frames.fingerprint(),
         "content_of_source": frames.content(),
         "width": width,
@@ -163,7 +164,7 @@ def main():
     own = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
     count = sum(frame.name in done for frame in frames)
     where = runtime.describe(device, settings["precision"])
-    log.info("%s: %s; %d frames, %d of them done", args.out, where, len(frames), count)
+    log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
     if own:
         translate_batches(generator, own, width, args, device, runtime.autocast(device, settings["precision"]))
     runtime.barrier()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import SITECUSTOMIZE, script
 from hypothesis import settings
+from torch.utils.data._utils import signal_handling
 
 # A time limit would make the tests fail on a busy machine.
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=40)
@@ -31,10 +32,11 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def child_handler():
-    """loading.batches sets a handler for the death of workers, which the loaders of later tests would miss their own for."""
+    """loading.batches replaces the SIGCHLD handler that torch's DataLoader sets once per process; later tests need it."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     signal.signal(signal.SIGCHLD, before)
+    signal_handling._SIGCHLD_handler_set = before != signal.SIG_DFL
 
 
 @pytest.fixture(scope="session")

@@ -367,10 +367,10 @@ def test_sizes_are_checked_at_the_width_of_training():
     data.check_frames(frames((60, 40)), 60, (40, 60))
     data.check_frames(frames((60, 40)), 120, (80, 120))
     data.check_frames(frames((60, 40)), 24)
-    assert "60x40.png: 30x20 at --width 30, smaller than the crop of 30x21: lower --crop-size" in refused(
+    assert "60x40.png: 30x20 at --width 30, smaller than the crop of 21x30 (HxW): lower --crop-size" in refused(
         data.check_frames, frames((60, 40)), 30, (21, 30)
     )
-    assert "60x40, smaller than the crop of 61x40" in refused(data.check_frames, frames((60, 40)), crop=(40, 61))
+    assert "60x40, smaller than the crop of 40x61" in refused(data.check_frames, frames((60, 40)), crop=(40, 61))
     assert "21x14 at --width 21, smaller than the minimum of 16x16" in refused(data.check_frames, frames((60, 40)), 21)
     message = refused(data.check_frames, frames((60, 40), (50, 20), (60, 30)), crop=(40, 60))
     assert message.startswith("50x20.png: 50x20, ") and "(2 of 3 frames)" in message
@@ -506,7 +506,7 @@ def test_names_to_exclude_are_read_with_and_without_suffix(tmp_path, caplog):
     (root / "labels" / "00002.png").unlink()
     assert [f.name for f in data.list_frames(root, exclude=data.read_names(file))] == ["00001", "00003"]
     assert caplog.messages == [
-        f"{root}: 2 names to exclude match no frame: a#b, v1.5",
+        f"{root}: 2 excluded names match no frame: a#b, v1.5",
         f"{root}: 2 excluded: 00000, 00002",
     ]
     file.write_text("# none\n\n")
@@ -755,7 +755,7 @@ def test_pairs_that_differ_in_size_are_left_out_and_counted(tmp_path, caplog):
         Image.new("L", (30, 21), 7).save(root / "labels" / f"{i:05d}.png")
     frames = data.list_frames(root)
     assert len(frames) == 1 and len(frames.left_out) == 11
-    assert caplog.messages == [f"{root}: 11 left out, as image and label differ in size: 00001, 00002, 00003 and 8 more"]
+    assert caplog.messages == [f"{root}: 11 left out, because image and label differ in size: 00001, 00002, 00003 and 8 more"]
     Image.new("L", (30, 21), 7).save(root / "labels" / "00000.png")
     assert "no image (.png, .jpg) to use; 12 left out" in refused(data.list_frames, root)
 

@@ -201,7 +201,7 @@ def call(run, monkeypatch, capsys):
 
 
 ROAD = {"mIoU": "12.50", "fwIoU": "6.25", "pixel_accuracy": "25.00", "road": "25.00", "car": "0.00"}
-DONE = "CLADA: evaluated\n"
+DONE = "CLADA: already evaluated\n"
 
 
 def test_an_evaluation_is_noted_in_its_run_and_not_repeated(call, run):
@@ -215,16 +215,22 @@ def test_an_evaluation_is_noted_in_its_run_and_not_repeated(call, run):
     assert call("--name", "CLADA", "--precision", "bf16") != DONE  # without --skip-done
 
 
-def test_out_adds_or_replaces_a_row_and_is_part_of_what_is_done(call, run):
+def test_out_adds_or_replaces_a_row_and_leaves_the_evaluation(call, run):
     out = run.parent / "tables" / "t.csv"
-    assert call("--name", "CLADA") != DONE
-    assert call("--name", "CLADA", "--skip-done", "--out", out) != DONE  # the table lacks the row
-    assert call("--name", "CLADA", "--skip-done", "--out", out) == DONE
-    call("--name", "CUT", "--out", out)
-    assert call("--name", "CLADA", "--skip-done", "--out", out) != DONE  # evaluation.json is CUT's
+    call("--name", "CLADA")
+    for name in ("CLADA", "CUT", "CUT"):
+        call("--name", name, "--out", out)
     rows = table(out)
     assert [row["model"] for row in rows] == ["CLADA", "CUT"] and list(rows[0]) == list(evaluate.COLUMNS)
     assert {column: cell for column, cell in rows[1].items() if cell} == {"model": "CUT", **ROAD}
+    assert call("--name", "CLADA", "--skip-done") == DONE
+
+
+@pytest.mark.parametrize("flag", ["--out", "--save-predictions"])
+def test_skip_done_is_refused_with_what_is_written_at_every_call(call, run, flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call("--skip-done", flag, run.parent / "x")
+    assert "--skip-done: not with" in capsys.readouterr().err
 
 
 def test_out_must_be_a_table_of_scores_outside_the_data(call, run):
@@ -238,12 +244,12 @@ def test_out_must_be_a_table_of_scores_outside_the_data(call, run):
     assert not (run / "evaluation.json").exists()
 
 
-def test_a_run_that_cannot_be_written_is_evaluated_into_a_table_alone(call, run, caplog):
+def test_a_run_that_cannot_be_written_is_evaluated_into_a_table(call, run):
     (run / "evaluation.json").mkdir()
     with pytest.raises(OSError, match="evaluation.json"):
         call()
     call("--out", run.parent / "t.csv")
-    assert table(run.parent / "t.csv")[0]["mIoU"] == "12.50" and "evaluation.json: not written" in caplog.text
+    assert table(run.parent / "t.csv")[0]["mIoU"] == "12.50"
 
 
 ROW = dict.fromkeys(evaluate.COLUMNS, "1.00")

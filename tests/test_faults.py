@@ -378,14 +378,14 @@ def test_translation_does_not_touch_a_folder_that_is_not_its_own(pair, translato
     shutil.copytree(pair / "source", tmp_path / "mine")
     words = ["--source", pair / "source", *translator, "--out", tmp_path / "mine"]
     assert call(monkeypatch, translate_dataset, words) == 2
-    assert "holds images that are not from this script" in capsys.readouterr().err
+    assert "holds files that are not from this script" in capsys.readouterr().err
     assert len(list((tmp_path / "mine").rglob("*.png"))) == 8
 
 
 def test_a_translators_weights_that_do_not_fit_leave_nothing(pair, segmenter, tmp_path, monkeypatch, capsys):
     words = ["--source", pair / "source", "--translator", segmenter, "--device", "cpu", "--out", tmp_path / "t"]
     assert call(monkeypatch, translate_dataset, words) == 2
-    assert "holds a UNet, where a ResnetGenerator is needed" in capsys.readouterr().err and not (tmp_path / "t").exists()
+    assert "holds a UNet; a ResnetGenerator is needed" in capsys.readouterr().err and not (tmp_path / "t").exists()
 
 
 def test_a_lost_label_is_made_again_and_names_lead_nowhere(pair, translator, tmp_path, monkeypatch):

@@ -177,8 +177,9 @@ def test_damaged_and_foreign_evaluations_are_refused_by_name(out, call):
     write_evaluation(out, "cut", "CUT", content="of other labels")
     with pytest.raises(ValueError, match="cut/evaluation.json: evaluated on other frames|other frames than .*cut/evaluation"):
         call(out)
-    write_evaluation(out, "cut", "CLADA")
-    with pytest.raises(ValueError, match="cut/evaluation.json: the name 'CLADA' is taken"):
+    write_evaluation(out, "cut", "CUT")
+    write_evaluation(out, "copy_of_cut", "CUT")
+    with pytest.raises(ValueError, match="cut/evaluation.json: the name 'CUT' is taken"):
         call(out)
     assert not list((out / "results").glob("table*"))
 
@@ -190,10 +191,12 @@ def test_a_damaged_frame_that_is_excluded_is_not_drawn(out, call, tmp_path):
         call(out)
     assert (out / "results" / "table3.csv").is_file()  # tables come first
     (tmp_path / "list").write_text("0\n")
-    settings = json.loads((out / "segmenters" / "oracle" / "args.json").read_text()) | {"exclude": str(tmp_path / "list")}
-    files.write_json(out / "segmenters" / "oracle" / "args.json", settings)
+    (tmp_path / "source" / "images" / "0.png").write_bytes(b"damaged")
+    for name in ("oracle", "source_only"):
+        settings = json.loads((out / "segmenters" / name / "args.json").read_text()) | {"exclude": str(tmp_path / "list")}
+        files.write_json(out / "segmenters" / name / "args.json", settings)
     call(out)
-    assert (out / "results" / "segmentations.png").is_file()
+    assert (out / "results" / "segmentations.png").is_file() and (out / "results" / "translations.png").is_file()
 
 
 def test_table3_is_the_recovered_part():

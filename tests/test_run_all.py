@@ -248,8 +248,8 @@ def test_mistakes_get_one_line(name, words, message, pair, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"SOURCE": "a"}, "one without the other"),
-        ({"METHODS": "pix2pix"}, "METHODS has pix2pix"),
+        ({"SOURCE": "a"}, "set both SOURCE and TARGET"),
+        ({"METHODS": "pix2pix"}, "METHODS contains pix2pix"),
         ({"ITERATIONS_SCALE": "-1"}, "ITERATIONS_SCALE is -1"),
         ({"SETTINGS": "paper"}, "without SOURCE and TARGET"),
         ({"SOURCE": "a", "TARGET": "b", "SETTINGS": "large"}, "SETTINGS is large: paper or demo"),

@@ -207,7 +207,7 @@ def test_another_val_split_is_evaluated_anew(pair, runs, tmp_path):
     """A frame more, another label of one, other weights: each time the row is replaced."""
     shutil.copytree(runs / "segmenter", tmp_path / "run")
     shutil.copytree(pair / "target", tmp_path / "data")
-    words = ["--segmenter", tmp_path / "run", "--data", tmp_path / "data", "--out", tmp_path / "t.csv", "--skip-done"]
+    words = ["--segmenter", tmp_path / "run", "--data", tmp_path / "data", "--skip-done"]
     words += ["--device", "cpu"]
     photos, labels = (sorted((tmp_path / "data" / part / "val" / "demo").iterdir()) for part in ("leftImg8bit", "gtFine"))
     hidden = [path.rename(tmp_path / path.name) for path in (photos[1], labels[1])]
@@ -215,7 +215,7 @@ def test_another_val_split_is_evaluated_anew(pair, runs, tmp_path):
     def evaluated():
         result = script("evaluate.py", *words)
         assert result.returncode == 0, result.stderr
-        return "evaluated" not in result.stdout
+        return "already evaluated" not in result.stdout
 
     assert evaluated() and not evaluated()
     for path, home in zip(hidden, (photos[1].parent, labels[1].parent)):
@@ -226,7 +226,7 @@ def test_another_val_split_is_evaluated_anew(pair, runs, tmp_path):
     assert evaluated() and not evaluated()
     network = models.load_network(tmp_path / "run" / "weights.pt")
     network.head.bias.data[3] += 9
-    torch.save(models.network_state(network), tmp_path / "run" / "weights.pt")
+    torch.save(models.network_state(network, network.width), tmp_path / "run" / "weights.pt")
     assert evaluated() and not evaluated()
     (tmp_path / "data").rename(tmp_path / "moved")
     words[3] = tmp_path / "moved"
@@ -274,7 +274,9 @@ def test_one_list_excludes_in_every_script_and_says_what_matches_nothing(pair, r
         result = script(name, *[1 if word == 40 else word for word in given[name]], "--exclude", tmp_path / "list")
         assert result.returncode == 0 and "1 excluded: 00001" in result.stderr and "match no frame" in result.stderr
         assert "nowhere" in result.stderr
-    assert (tmp_path / "translator" / "left_out.txt").read_text() == "00001\texcluded\ndemo_000000_000000\texcluded\n"
+    assert (
+        tmp_path / "translator" / "left_out.txt"
+    ).read_text() == "--source 00001\texcluded\n--target demo_000000_000000\texcluded\n"
     assert not (tmp_path / "set" / "images" / "00001.png").exists()
 
 
@@ -405,7 +407,7 @@ def test_words_of_a_stage_may_hold_spaces(pair, tmp_path):
 def test_an_empty_path_is_refused(pair, tmp_path, flag):
     words = [*trainers(pair, tmp_path)["train_translator.py"], flag, ""]
     result = script("train_translator.py", *words)
-    assert result.returncode == 2 and f"argument {flag}: empty" in result.stderr
+    assert result.returncode == 2 and f"argument {flag}: is empty" in result.stderr
 
 
 def test_a_crop_that_is_no_size_is_said_in_the_users_terms(pair, tmp_path):
@@ -446,7 +448,7 @@ def test_who_waits_for_a_lock_says_for_whom(tmp_path):
 def test_what_a_script_decides_is_said_as_it_starts(pair, runs, tmp_path):
     expected = {
         "train_segmenter.py": "starts on 1 steps",
-        "translate_dataset.py": "4 frames, 0 of them done",
+        "translate_dataset.py": "4 frames, 0 already translated",
         "evaluate.py": "4 frames",
     }
     given = commands(pair, runs, tmp_path)
