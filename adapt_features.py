@@ -126,31 +126,30 @@ def main():
     segmenter = synchronise_batchnorm(models.load_network(weights, models.UNet, run.device), run.device)
     segmenter.to(memory_format=torch.channels_last).train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
-    opt_F, opt_D = adam(segmenter.parameters(), lr=args.lr), adam(discriminator.parameters(), lr=args.discriminator_lr)
-    gate = Gate(args.gate, run.device)
-    run.restore(segmenter=segmenter, discriminator=discriminator, opt_F=opt_F, opt_D=opt_D, gate=gate)
+    opt_segmenter = adam(segmenter.parameters(), lr=args.lr)
+    opt_discriminator = adam(discriminator.parameters(), lr=args.discriminator_lr)
+    optimizers, gate = dict(opt_segmenter=opt_segmenter, opt_discriminator=opt_discriminator), Gate(args.gate, run.device)
+    run.restore(segmenter=segmenter, discriminator=discriminator, **optimizers, gate=gate)
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
-    dataset = StackDataset(
-        data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache),
-        data.Crops(target, *crops, stream=1, cache=args.cache),
-    )
+    labelled = data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache)
+    dataset = StackDataset(labelled, data.Crops(target, *crops, stream=1, cache=args.cache))
     autocast = runtime.autocast(run.device, args.precision)
 
     def step(*batch):
-        parts = segmenter, discriminator, opt_F, opt_D, gate
+        parts = segmenter, discriminator, opt_segmenter, opt_discriminator, gate
         return training_step(*parts, batch, args.layer, args.adversarial_weight, autocast)
 
     graphed_step = GraphedStep(step, run.device)
     for iteration, ((x, labels), y) in run.iterations(dataset):
         lr = constant_then_linear(iteration, args.iterations, args.lr)
-        set_learning_rate(opt_F, lr)
+        set_learning_rate(opt_segmenter, lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
         run.log(graphed_step(x, labels, y), lr=lr)
     opened, steps = int(gate.open_steps), int(gate.steps)
     if args.adversarial_weight > 0:
-        never = "" if opened else f": D_feat never passed --gate {args.gate}, so this is fine-tuning without an adversary"
-        print(f"{args.out}: the gate was open in {opened} of {steps} steps{never}")
+        note = "" if opened else f": D_feat never passed --gate {args.gate}, so no adversary took part"
+        print(f"{args.out}: the gate was open in {opened} of {steps} steps{note}")
     run.finish(models.network_state(segmenter, args.width), gate_open_steps=opened, gate_steps=steps)
 
 

@@ -1,14 +1,14 @@
 """Score a task model on labelled frames: equation 5 of the paper, one row of table 2.
 
     python evaluate.py --segmenter runs/clada --data cityscapes --split val --name CLADA
-    python evaluate.py --segmenter runs/clada --data cityscapes --out scores.csv          # also as a row of a table
-    python evaluate.py --segmenter runs/clada --data cityscapes --save-predictions DIR    # also as label ids
+    python evaluate.py --segmenter runs/clada --data other_photos --out scores.csv        # add a row to a table of your own
+    python evaluate.py --segmenter runs/clada --data cityscapes --save-predictions DIR    # also write label ids as PNG
     torchrun --standalone --nproc-per-node 4 evaluate.py ...                              # on four GPUs
 
 The scores are mIoU, frequency-weighted IoU, pixel accuracy and the IoU of each class, in percent, at the resolution of the
-labels. They go into RUN/evaluation.json, from which report.py builds table 2. A class that is absent from the ground truth
-has an empty cell and is left out of the means. cityscapesscripts scores such a class 0 if it is predicted anywhere;
-otherwise the two agree. To use the metrics elsewhere, import confusion_matrix and scores.
+labels. They go into RUN/evaluation.json, from which report.py builds table 2, or with --out into that table. A class that is
+absent from the ground truth has an empty cell and is left out of the means. cityscapesscripts scores such a class 0 if it is
+predicted anywhere; otherwise the two agree. To use the metrics elsewhere, import confusion_matrix and scores.
 """
 
 import logging

@@ -96,7 +96,11 @@ def test_a_run_stopped_after_every_step_ends_as_one_never_stopped(
 # D_feat's rate alone does not fall.
 @pytest.mark.parametrize(
     ("kind", "falling", "constant"),
-    [("cut", ["opt_G", "opt_D"], []), ("segmenter", ["optimizer"], []), ("adaptation", ["opt_F"], ["opt_D"])],
+    [
+        ("cut", ["opt_G", "opt_D"], []),
+        ("segmenter", ["optimizer"], []),
+        ("adaptation", ["opt_segmenter"], ["opt_discriminator"]),
+    ],
 )
 def test_each_steps_learning_rate_is_the_optimisers_and_the_logs(
     pair, segmenter, tmp_path, monkeypatch, kind, falling, constant
