@@ -31,9 +31,6 @@ log = logging.getLogger("runtime")
 
 # In messages of out-of-memory errors that are plain RuntimeErrors (CPU, CUDA libraries) or OSErrors (fork).
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
-_TRAINER = ["--batch-size", "--crop-size", "--width", "--workers"]
-MEMORY_FLAGS = {"train_translator.py": [*_TRAINER, "--base-channels"], "train_segmenter.py": _TRAINER}
-MEMORY_FLAGS |= {"adapt_features.py": _TRAINER, "translate_dataset.py": ["--batch-size", "--workers"]}
 REMEDIES = {  # for OSErrors that name no file
     errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
     errno.EROFS: "/dev/shm is read-only; give --workers 0",
@@ -85,7 +82,10 @@ def _explain(error):
     text = files.printable(str(error).strip() or type(error).__name__)
     first = files.printable(str(error).strip().partition("\n")[0])
     if is_out_of_memory(error):
-        return 1, f"not enough memory: lower {', '.join(MEMORY_FLAGS.get(Path(sys.argv[0]).name, ['--workers']))}"
+        return (
+            1,
+            "not enough memory: lower --workers, --batch-size, --crop-size, --width or --base-channels, if the script has it",
+        )
     if isinstance(error, (FloatingPointError, ChildProcessError)):
         return 1, text
     if isinstance(error, OSError) and error.filename is None and error.errno in REMEDIES:
@@ -196,14 +196,11 @@ def parser(docstring):
 
 
 def add_device_arguments(parser):
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU if there is one")
-    parser.add_argument(
-        "--workers",
-        type=worker_count,
-        default=default_workers(),
-        help="processes that load images (default: one per core, at most 16)",
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of all random numbers, if the script draws any (default 0)")
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU if there is one")
+    workers = "processes that load images (default: one per core, at most 16)"
+    add("--workers", type=worker_count, default=default_workers(), help=workers)
+    add("--seed", type=seed, default=0, help="of all random numbers, if the script draws any (default 0)")
 
 
 def default_workers():
@@ -213,17 +210,13 @@ def default_workers():
 
 def add_compute_arguments(parser):
     """The arguments that training and stage 2 share."""
-    parser.add_argument("--exclude", type=real_path, metavar="FILE", help="names of frames to leave out, one per line")
-    parser.add_argument(
-        "--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed"
+    add = parser.add_argument
+    add("--exclude", type=real_path, metavar="FILE", help="names of frames to leave out, one per line")
+    add("--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed")
+    precision = (
+        "bf16: bfloat16 autocast; fp32: float32, on CUDA with TF32 in convolutions; auto (default): bf16 where it is fast"
     )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="bf16: bfloat16 autocast; fp32: float32, on CUDA with TF32 in convolutions; auto (default): bf16 where the "
-        "hardware has it",
-    )
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
