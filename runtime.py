@@ -115,14 +115,13 @@ class _LossyFile(io.FileIO):
 
 
 def _survive_closed_streams():
-    """Drop output that cannot be written (closed pipe, full disk), so that it cannot end a training run."""
+    """Drop output that cannot be written (closed pipe, full disk, names that are not UTF-8): it must not end a run."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))
         elif stream is getattr(sys, f"__{name}__"):
             raw = io.BufferedWriter(_LossyFile(stream.fileno(), "w", closefd=False))
-            # backslashreplace: file names need not be UTF-8
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
 
 
