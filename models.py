@@ -359,11 +359,11 @@ def efficientnet(name, weights=None):
 
 
 class FeatureDiscriminator(nn.Module):
-    """D_feat (stage 4, Hoffman et al. 2018): (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source."""
+    """D_feat of stage 4: (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source."""
 
     def __init__(self, in_channels, width=256):
         super().__init__()
-        relu = nn.LeakyReLU(0.2, inplace=True)
+        relu = nn.LeakyReLU(0.2, inplace=True)  # (ours; Hoffman et al. 2018: 512-256-2, ReLU, Dropout2d)
         first, second = nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, width, 1)
         self.layers = nn.Sequential(first, relu, second, relu, nn.Conv2d(width, 1, 1))
 

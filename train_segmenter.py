@@ -4,9 +4,9 @@
     python train_segmenter.py --data translated/fastcut_l5 --out runs/fastcut_l5       # one per translated set
     python train_segmenter.py --data cityscapes --split train --out runs/oracle        # Oracle
 
-Defaults are the paper's: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, Adam at 2e-4, divided by 20 for the
-last third, encoder frozen for the first third; pixel-wise cross entropy ignoring void, width 1024, crops of 512x512.
-The same command resumes an unfinished run.
+The paper's defaults: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, learning rate 2e-4, lower for the last third,
+encoder frozen for the first third. Ours, because the paper is silent or unreadable there: Adam, pixel-wise cross entropy that
+ignores void, width 1024, crops of 512x512, and the lower rate of 1e-5. The same command resumes an unfinished run.
 """
 
 import torch
@@ -43,7 +43,7 @@ def parse_args(words=None):
 
 
 def learning_rate(iteration, iterations, base):
-    """The paper's schedule: 2e-4, then 1e-5 for the last third (40k of 120k)."""
+    """2e-4, then 1e-5 for the last third, 40k of 120k (the paper; its second rate is unreadable, 1e-5 is ours)."""
     return base if 3 * iteration < 2 * iterations else base / 20
 
 

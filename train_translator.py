@@ -3,8 +3,9 @@
     python train_translator.py --source gta5 --target cityscapes --out runs/fastcut_l5 --method fastcut_l5
 
 Methods: `cut`, `fastcut` and `fastcut_l5` (PatchNCE, equation 4; Park et al. 2020) and the baseline `cyclegan` (Zhu et al.
-2017). Defaults are the paper's: width 1024, crops of 400x400, batch 1, 400k iterations, Adam at 2e-4, constant for the first
-half and then linear to 0. The same command resumes an unfinished run.
+2017). The defaults are the paper's: width 1024, crops of 400x400, batch 1, 400k iterations of Adam, whose learning rate is
+constant for the first half and then falls linearly to 0. Its base of 2e-4 is Zhu et al.'s: the digit is unreadable in the
+scanned paper. The same command resumes an unfinished run.
 """
 
 import torch
@@ -21,7 +22,7 @@ from optimization import GraphedStep, adam, backward_and_step, constant_then_lin
 VARIANTS = {"cut": (1.0, 1.0, 256), "fastcut": (10.0, 0.0, 16), "fastcut_l5": (5.0, 0.0, 16)}
 LAMBDA_CYCLE = 10.0  # Zhu et al. 2017
 POOL_SIZE = 50  # Zhu et al. 2017
-BETAS = (0.5, 0.999)  # of Adam, Zhu et al. 2017
+BETAS = (0.5, 0.999)  # of Adam, Zhu et al. 2017; not in the paper
 
 
 def parse_args(words=None):
