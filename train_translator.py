@@ -171,17 +171,17 @@ class ImagePool(training.PerProcess):
         """
         if self.images is None:
             self.images = images.new_zeros((self.size, *images.shape[1:]))
-        shown = torch.empty_like(images)  # in the same memory format
-        for new, place in zip(images, shown, strict=True):
+        returned = torch.empty_like(images)  # in the same memory format
+        for new, slot in zip(images, returned, strict=True):
             is_full = self.count == self.size
             draw, coin = torch.randint(self.size, (1,), device=images.device), torch.rand((), device=images.device)
             index = torch.where(is_full, draw, self.count)
-            stored = self.images.index_select(0, index)[0]
-            is_exchanged = is_full & (coin < 0.5)
-            place.copy_(torch.where(is_exchanged, stored, new))
-            self.images.index_copy_(0, index, torch.where(is_exchanged | ~is_full, new, stored)[None])
+            previous = self.images.index_select(0, index)[0]
+            is_swapped = is_full & (coin < 0.5)
+            slot.copy_(torch.where(is_swapped, previous, new))
+            self.images.index_copy_(0, index, torch.where(is_swapped | ~is_full, new, previous)[None])
             self.count += ~is_full
-        return shown
+        return returned
 
     def state_dict(self):
         return {"images": [] if self.images is None else self.images[: int(self.count)]}
