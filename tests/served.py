@@ -5,6 +5,7 @@ client; a server forks the script's process, which has the client's arguments, e
 ends as the script does, and the script ends when the client is killed. `-m` and `-c` go to the real interpreter.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -13,11 +14,14 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from pathlib import Path
 
 CLIENT = """#!{python} -ES
@@ -45,6 +49,7 @@ os._exit(status)
 def python():
     """Path of the executable; the server is started by the first call and ends with this process."""
     folder = Path(tempfile.mkdtemp(prefix="served"))
+    atexit.register(shutil.rmtree, folder)
     address, executable = str(folder / "socket"), folder / "python"
     executable.write_text(CLIENT.format(python=sys.executable, address=address))
     executable.chmod(0o755)
@@ -109,8 +114,20 @@ def _become(words, environment, folder, streams):
         if os.path.isfile(hook := os.path.join(path, "sitecustomize.py")):  # which an interpreter would run at its start
             runpy.run_path(hook)
     sys.argv, sys.path[0:2] = words, [os.path.dirname(os.path.abspath(words[0]))]
-    runpy.run_path(words[0], run_name="__main__")
-    sys.exit()
+    status = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+    # As at an interpreter's end, but for the second that it takes to free all modules.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -174,8 +174,7 @@ def test_scores_in_two_processes_are_the_same(pair, trained, tmp_path):
     assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["cyclegan", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "cyclegan")])
 def test_a_process_that_dies_ends_the_run_and_torchrun_resumes_it(pair, trained, tmp_path, watched, kind):
     """Each process has an image pool of its own. The first one is killed as it saves: what it saved before is intact."""
     if kind == "adaptation":

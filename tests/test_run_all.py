@@ -260,7 +260,6 @@ def test_run_all_says_what_is_wrong(environment, message, tmp_path):
     assert result.returncode == 2 and message in result.stderr
 
 
-@pytest.mark.slow
 def test_the_demos_settings_on_given_data(pair, tmp_path):
     """Every task model takes as many steps as CLADA does in all, with the steps before stage 4."""
     given = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "SETTINGS": "demo", "METHODS": "fastcut_l5"}
