@@ -29,25 +29,22 @@ LAYERS = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
 
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
+    add = parser.add_argument
     folder = dict(type=runtime.real_path, required=True, metavar="DIR")
-    parser.add_argument("--source", **folder, help="translated, labelled data set")
-    parser.add_argument("--target", **folder, help="target data set; labels are not read")
-    parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
-    parser.add_argument(
+    add("--source", **folder, help="translated, labelled data set")
+    add("--target", **folder, help="target data set; labels are not read")
+    add("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
+    add(
         "--segmenter",
         type=runtime.run_path,
         required=True,
         metavar="RUN",
         help="finished run of train_segmenter.py on --source",
     )
-    parser.add_argument("--layer", choices=LAYERS, default="decoder3", help="input of D_feat (default decoder3, stride 4)")
-    parser.add_argument(
-        "--adversarial-weight", type=runtime.non_negative, default=0.1, help="of the adversarial term (default 0.1)"
-    )
-    parser.add_argument(
-        "--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)"
-    )
-    parser.add_argument("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
+    add("--layer", choices=LAYERS, default="decoder3", help="input of D_feat (default decoder3, stride 4)")
+    add("--adversarial-weight", type=runtime.non_negative, default=0.1, help="of the adversarial term (default 0.1)")
+    add("--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)")
+    add("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
     training.add_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
     return parser.parse_args(words)
 

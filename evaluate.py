@@ -150,26 +150,23 @@ def read_evaluation(path):
 
 def parse_args():
     parser = runtime.parser(__doc__)
-    parser.add_argument(
-        "--segmenter", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of stage 3 or 4"
-    )
-    parser.add_argument("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
-    parser.add_argument("--split", default="val", help="split of a Cityscapes layout (default val)")
-    parser.add_argument("--exclude", type=runtime.real_path, metavar="FILE", help="names of frames to leave out, one per line")
-    parser.add_argument("--name", metavar="MODEL", help="model name in the row (default: the name of RUN)")
-    parser.add_argument(
-        "--out", type=runtime.path, metavar="FILE.csv", help="add the row to this table, instead of RUN/evaluation.json"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--segmenter", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
+    add("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    add("--split", default="val", help="split of a Cityscapes layout (default val)")
+    add("--exclude", type=runtime.real_path, metavar="FILE", help="names of frames to leave out, one per line")
+    add("--name", metavar="MODEL", help="model name in the row (default: the name of RUN)")
+    add("--out", type=runtime.path, metavar="FILE.csv", help="add the row to this table, instead of RUN/evaluation.json")
+    add(
         "--skip-done", action="store_true", help="do nothing if RUN/evaluation.json is of the same weights, frames and settings"
     )
-    parser.add_argument(
+    add(
         "--save-predictions",
         type=runtime.path,
         metavar="DIR",
         help="write predictions as label ids, as the Cityscapes server expects",
     )
-    parser.add_argument(
+    add(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="fp32",

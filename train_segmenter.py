@@ -22,15 +22,12 @@ from optimization import GraphedStep, adam, backward_and_step, set_learning_rate
 
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
-    parser.add_argument(
-        "--data", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
-    )
-    parser.add_argument("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
-    parser.add_argument("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
-    parser.add_argument(
-        "--encoder-weights", default="imagenet", metavar="{imagenet,none,FILE}", help="initial weights (default imagenet)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    add("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
+    add("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
+    add("--encoder-weights", default="imagenet", metavar="{imagenet,none,FILE}", help="initial weights (default imagenet)")
+    add(
         "--freeze-iterations",
         type=runtime.count,
         help="steps with a frozen encoder (default: a third of --iterations; 0 with --encoder-weights none)",

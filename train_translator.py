@@ -27,24 +27,19 @@ BETAS = (0.5, 0.999)  # of Adam, Zhu et al. 2017; not in the paper
 
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
+    add = parser.add_argument
     folder = dict(type=runtime.real_path, required=True, metavar="DIR")
-    parser.add_argument("--source", **folder, help="source images X, GTA5 or Cityscapes layout; labels are not read")
-    parser.add_argument("--target", **folder, help="target images Y, GTA5 or Cityscapes layout; labels are not read")
-    parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
-    parser.add_argument("--method", required=True, choices=("cyclegan", *VARIANTS))
-    parser.add_argument(
-        "--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)"
-    )
-    parser.add_argument("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")
-    parser.add_argument("--gan-loss", choices=("lsgan", "vanilla"), default="lsgan", help="form of equation 1 (default lsgan)")
-    parser.add_argument("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
-    parser.add_argument(
-        "--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)"
-    )
-    parser.add_argument("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
-    parser.add_argument(
-        "--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs 5)"
-    )
+    add("--source", **folder, help="source images X, GTA5 or Cityscapes layout; labels are not read")
+    add("--target", **folder, help="target images Y, GTA5 or Cityscapes layout; labels are not read")
+    add("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
+    add("--method", required=True, choices=("cyclegan", *VARIANTS))
+    add("--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)")
+    add("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")
+    add("--gan-loss", choices=("lsgan", "vanilla"), default="lsgan", help="form of equation 1 (default lsgan)")
+    add("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
+    add("--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)")
+    add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
+    add("--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs 5)")
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)
     if min(args.crop_size) < 24:

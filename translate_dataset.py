@@ -29,15 +29,12 @@ WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU tran
 
 def parse_args():
     parser = runtime.parser(__doc__)
-    parser.add_argument(
-        "--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout"
-    )
-    parser.add_argument("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
-    parser.add_argument(
-        "--translator", type=runtime.run_path, required=True, metavar="RUN", help="finished run of train_translator.py"
-    )
-    parser.add_argument("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
-    parser.add_argument("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
+    add = parser.add_argument
+    add("--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    add("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
+    add("--translator", type=runtime.run_path, required=True, metavar="RUN", help="finished run of train_translator.py")
+    add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
+    add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
     runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
     return parser.parse_args()
