@@ -67,11 +67,11 @@ def run_script(main):
         else:
             print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on an exception would be a traceback
         for child in multiprocessing.active_children():  # workers ignore signals, and the exit would wait for them
             child.kill()
     if is_collective and dist.is_initialized():
-        # Without this, gloo's threads sometimes abort the interpreter at exit. After an error in one process it could
-        # block; the others notice the exit.
+        # Else gloo's threads sometimes abort the interpreter. After an error this could block; others notice the exit.
         dist.destroy_process_group()
     if status:
         sys.exit(status)
