@@ -30,10 +30,8 @@ LAYERS = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    folder = dict(type=runtime.real_path, required=True, metavar="DIR")
-    add("--source", **folder, help="translated, labelled data set")
-    add("--target", **folder, help="target data set; labels are not read")
-    add("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
+    target = "target data set; labels are not read"
+    training.add_domain_arguments(parser, source="translated, labelled data set", target=target)
     add(
         "--segmenter",
         type=runtime.run_path,

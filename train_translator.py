@@ -28,10 +28,8 @@ BETAS = (0.5, 0.999)  # of Adam, Zhu et al. 2017; not in the paper
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    folder = dict(type=runtime.real_path, required=True, metavar="DIR")
-    add("--source", **folder, help="source images X, GTA5 or Cityscapes layout; labels are not read")
-    add("--target", **folder, help="target images Y, GTA5 or Cityscapes layout; labels are not read")
-    add("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
+    layouts = "GTA5 or Cityscapes layout; labels are not read"
+    training.add_domain_arguments(parser, source=f"source images X, {layouts}", target=f"target images Y, {layouts}")
     add("--method", required=True, choices=("cyclegan", *VARIANTS))
     add("--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)")
     add("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")

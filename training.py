@@ -42,6 +42,14 @@ FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_
 FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # until finished: see is_finished
 
 
+def add_domain_arguments(parser, source, target):
+    """--source, --target and --target-splits of stages 1 and 4; source, target: their help."""
+    folder = dict(type=runtime.real_path, required=True, metavar="DIR")
+    parser.add_argument("--source", **folder, help=source)
+    parser.add_argument("--target", **folder, help=target)
+    parser.add_argument("--target-splits", default="train", help="Cityscapes splits, e.g. train,train_extra (default train)")
+
+
 def add_arguments(parser, iterations, batch_size, crop_size, lr):
     """The arguments that all trainers share."""
     add, size, integer = parser.add_argument, runtime.height_width, runtime.positive_int
