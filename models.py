@@ -13,7 +13,7 @@ losses.py, equation 4 in train_translator.py.
 
 import json
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,30 +31,37 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 class ReflectPad2d(torch.autograd.Function):
-    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n): same values as F.pad, in the memory format of x.
+    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n): same values as F.pad, in channels_last.
 
     CUDA's own kernel returns the default format, which costs two copies in channels_last, and its backward is not
-    deterministic (atomics). Copying strips of the border avoids both.
+    deterministic (atomics). Gathering pixels, and adding strips of the border, avoid both.
     """
 
     @staticmethod
     def forward(ctx, x, n):
         ctx.n = n
-        for dim in (3, 2):
-            before, after = x.narrow(dim, 1, n), x.narrow(dim, x.shape[dim] - 1 - n, n)
-            x = torch.cat([before.flip(dim), x, after.flip(dim)], dim)
-        return x
+        B, C, H, W = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, reflected_indices(B, H, W, n, x.device))
+        return pixels.view(B, H + 2 * n, W + 2 * n, C).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, gradient):
         n = ctx.n
         for dim in (2, 3):
             size = gradient.shape[dim] - 2 * n
-            inner = gradient.narrow(dim, n, size).clone()
-            inner.narrow(dim, 1, n).add_(gradient.narrow(dim, 0, n).flip(dim))
-            inner.narrow(dim, size - 1 - n, n).add_(gradient.narrow(dim, n + size, n).flip(dim))
+            inner = gradient.narrow(dim, n, size).clone(memory_format=torch.channels_last)
+            for start, padding in ((1, 0), (size - 1 - n, n + size)):
+                strip = gradient.narrow(dim, padding, n)
+                inner.narrow(dim, start, n).add_(strip.flip(dim) if n > 1 else strip)
             gradient = inner
         return gradient, None
+
+
+@cache
+def reflected_indices(B, H, W, n, device):
+    """For each pixel of a padded (B, H + 2n, W + 2n), flattened: the index of the pixel of (B, H, W) that it copies."""
+    indices = torch.arange(B * H * W, dtype=torch.float64, device=device).view(B, 1, H, W)
+    return F.pad(indices, (n,) * 4, "reflect").flatten().long()
 
 
 def reflect_pad(x, n):
@@ -88,7 +95,7 @@ class UpsampleConv2d(nn.Conv2d):
     """Insert zeros, blur, convolve: (B, C, h, w) -> (B, out, H, W), H in {2h - 1, 2h}. Output 2i is centred on input i."""
 
     def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels, 3, padding=1)
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
         kernel = torch.tensor([1.0, 2.0, 1.0]) / 2  # not / 4: every second pixel under the kernel is an inserted zero
         self.register_buffer("kernel", kernel.outer(kernel).expand(in_channels, 1, 3, 3).clone(), persistent=False)
 
@@ -108,7 +115,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        first, second = (ReflectConv2d(channels, channels, 3) for _ in range(2))
+        first, second = (ReflectConv2d(channels, channels, 3, bias=False) for _ in range(2))
         self.block = nn.Sequential(first, *norm_relu(channels), second, InstanceNorm2d(channels))
 
     def forward(self, x):
@@ -125,6 +132,7 @@ class ResnetGenerator(nn.Module):
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
+    Convolutions have no bias where a norm follows and would cancel it, unless PatchNCE sees their output.
     """
 
     def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False):
@@ -136,9 +144,10 @@ class ResnetGenerator(nn.Module):
         c = base_channels
         self.feature_channels = (in_channels, 2 * c, 4 * c, 4 * c, 4 * c)
         stride, pool = (1, Downsample) if antialias else (2, nn.Identity)
-        upsample = UpsampleConv2d if antialias else partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1)
+        transposed = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, bias=False)
+        upsample = UpsampleConv2d if antialias else transposed
         # Modules are created in the order in which data passes through them.
-        self.stem = ReflectConv2d(in_channels, c, 7)
+        self.stem = ReflectConv2d(in_channels, c, 7, bias=False)
         self.stem_norm = norm_relu(c)
         self.down1 = nn.Conv2d(c, 2 * c, 3, stride=stride, padding=1)
         self.down1_norm = norm_relu(2 * c).append(pool(2 * c))
@@ -186,8 +195,9 @@ class PatchDiscriminator(nn.Module):
         layers, channels = [], in_channels
         for n in range(n_layers + 1):
             out, stride = base_channels * min(2**n, 8), 2 if n < n_layers else 1
-            layers.append(nn.Conv2d(channels, out, 4, stride=1 if antialias else stride, padding=1))
-            layers += [InstanceNorm2d(out)] * (n > 0) + [nn.LeakyReLU(0.2, inplace=True)]
+            has_norm = n > 0  # which would cancel a bias
+            layers.append(nn.Conv2d(channels, out, 4, stride=1 if antialias else stride, padding=1, bias=not has_norm))
+            layers += [InstanceNorm2d(out)] * has_norm + [nn.LeakyReLU(0.2, inplace=True)]
             layers += [Downsample(out)] * (antialias and stride == 2)
             channels = out
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
@@ -231,7 +241,8 @@ def init_normal(network):
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, 0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class UNet(nn.Module):
@@ -376,6 +387,12 @@ def network_state(network, width):
     return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), width=width)
 
 
+def without_cancelled_biases(state_dict, network):
+    """A state_dict of older versions or of the published code, less the biases that norms cancel and `network` lacks."""
+    names = network.state_dict().keys()
+    return {name: value for name, value in state_dict.items() if name in names or not name.endswith(".bias")}
+
+
 def load_network(path, expected=None, device="cpu"):
     """Load the network of a weights.pt in eval mode; network.width is the width in pixels of its training frames.
 
@@ -386,7 +403,7 @@ def load_network(path, expected=None, device="cpu"):
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             network = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]](**saved["arguments"])
-            network.load_state_dict(saved["state_dict"])
+            network.load_state_dict(without_cancelled_biases(saved["state_dict"], network))
         except Exception as error:  # a damaged file can raise any type
             raise ValueError(f"{path}: not the weights.pt of a finished run ({type(error).__name__})") from error
     if expected is not None and not isinstance(network, expected):

@@ -134,6 +134,13 @@ class GraphedStep:
             self.results = self.step(*self.inputs)
 
 
+def compile_network(network):
+    """Compile a network's forward pass, or both halves of a translator's, in place; state_dict stays as it is."""
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # models.reflected_indices
+    for name in ("encode", "decode") if hasattr(network, "decode") else ("forward",):
+        setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
+
+
 def translator_layout(device):
     """The memory format in which translators train fastest: channels_last on GPUs and on CPUs with AVX-512.
 

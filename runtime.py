@@ -92,6 +92,8 @@ def _explain(error):
         return 2, f"{error.strerror}: {REMEDIES[error.errno]}"
     if isinstance(error, (ValueError, OSError)):
         return 2, text
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 1, f"--compile: {first}; without it, training goes on from the last checkpoint"
     if isinstance(error, RuntimeError) and processes() > 1:
         return 1, f"another process of this run failed, see its message; if there is none, the cause is: {first}"
     return 1, None
@@ -230,6 +232,7 @@ def pick_device(name, tf32=False, deterministic=False):
     Raises ValueError, with the reason and the remedy, for a device that is not there or does not compute.
     """
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32, False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums of products in float32
     torch.backends.cudnn.benchmark = not deterministic  # pays off, because crops have one size and frames a few
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS

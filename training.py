@@ -37,7 +37,7 @@ log = logging.getLogger("training")
 
 # Arguments that may differ when a run is resumed, because they do not change what it computes. Paths of data and weights
 # may differ because their content is compared.
-FREE_ARGUMENTS = set("version out device deterministic workers cache log_every save_every check exclude".split())
+FREE_ARGUMENTS = set("version out device deterministic compile workers cache log_every save_every check exclude".split())
 FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
 FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # until finished: see is_finished
 
@@ -60,6 +60,7 @@ def add_arguments(parser, iterations, batch_size, crop_size, lr):
     add("--width", type=integer, default=1024, help="resize frames to this width first (default 1024)")
     add("--lr", type=runtime.positive, default=lr, help=f"Adam's learning rate (default {lr})")
     runtime.add_compute_arguments(parser)
+    add("--compile", action="store_true", help="torch.compile the networks: faster on a GPU, after minutes of compiling")
     add("--cache", type=runtime.path, metavar="DIR", help="keep resized frames there as PNG, which decode faster")
     add("--log-every", type=integer, default=100, metavar="N", help="steps per row of log.csv (default 100)")
     add("--save-every", type=integer, default=5000, metavar="N", help="steps per checkpoint and sample grid (default 5000)")
@@ -76,6 +77,8 @@ class Run:
         runtime.join_processes(self.device)
         args.processes, args.script, args.version = runtime.processes(), Path(sys.argv[0]).name, runtime.VERSION
         self.checkpoint = self.out / "checkpoint.pt"
+        if args.compile and args.deterministic:
+            raise ValueError("--compile: not with --deterministic, because compiled kernels are chosen by timing them")
         if args.crop_size[1] > args.width:
             raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames at --width {args.width}")
         inputs = [getattr(args, name, None) for name in ("source", "target", "data", "segmenter")]
@@ -161,6 +164,10 @@ class Run:
         runtime.barrier()
         if self.checkpoint.is_file():
             self._load()
+        if self.args.compile:
+            for part in state.values():
+                if isinstance(part, torch.nn.Module):
+                    optimization.compile_network(part)
         if runtime.is_first():
             files.write_json(self.out / "args.json", self.arguments)
             if self.left_out:

@@ -3,6 +3,7 @@
 Where CUDA itself would be asked, a stand-in answers; tests of the real one carry the marker cuda.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -10,7 +11,7 @@ import time
 
 import pytest
 import torch
-from commands import script, table
+from commands import ROOT, run, script, table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapt_features
@@ -420,3 +421,30 @@ class CountedOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
         return function(*args, **(kwargs or {}))
+
+
+def compiled(pair, out, *words, **environment):
+    words = ["--method=fastcut_l5", "--out", out, "--width=128", "--crop-size=32", "--base-channels=4", "--compile", *words]
+    domains = ["--source", pair / "source", "--target", pair / "target"]
+    words += ["--iterations=2", "--device=cpu", "--precision=fp32"]
+    return run(sys.executable, ROOT / "train_translator.py", *domains, *words, **environment)
+
+
+def test_compile_goes_with_a_compiler_and_without_deterministic(pair, tmp_path):
+    done = compiled(pair, tmp_path / "run", "--deterministic")
+    assert done.returncode == 2 and "--compile: not with --deterministic" in done.stderr
+    done = compiled(pair, tmp_path / "run", CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 1 and "train_translator.py: --compile: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_compiled_networks_train_alike_and_save_the_same_files(pair, tmp_path, monkeypatch):
+    """With torch.compile's tracing, but not its code generator, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    words = ["--method=cut", "--width=128", "--crop-size=32", "--base-channels=4", "--iterations=3", "--device=cpu"]
+    words += ["--source", pair / "source", "--target", pair / "target", "--precision=fp32", "--workers=0"]
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        monkeypatch.setattr(sys, "argv", ["train_translator.py", *map(str, words), "--out", str(tmp_path / out), *more])
+        train_translator.main()
+    plain, traced = (torch.load(tmp_path / out / "checkpoint.pt", weights_only=True)["state"] for out in ("plain", "compiled"))
+    torch.testing.assert_close(plain["G"], traced["G"], rtol=1e-2, atol=1e-3)
+    assert plain.keys() == traced.keys() and models.load_network(tmp_path / "compiled" / "weights.pt").width == 128

@@ -126,7 +126,7 @@ def test_a_wrong_weight_is_a_failed_check_and_status_1(job, monkeypatch):
 
     monkeypatch.setattr(gpu_compare, "build", build)
     monkeypatch.setattr(gpu_compare, "METHODS", ("fastcut_l5",))
-    gpu_compare.compare_with_cpu()
+    gpu_compare.part_a()
     failed = [row["what"] for row in gpu_harness.recorded() if row["status"] == "FAILED" and "float32" in row["what"]]
     assert [what.split(" float32")[0] for what in failed] == ["fastcut_l5", "stage 3", "stage 4"]
     assert gpu_check.conclude() == 1
@@ -135,10 +135,9 @@ def test_a_wrong_weight_is_a_failed_check_and_status_1(job, monkeypatch):
 evaluated = functools.cache(lambda kind, precision: gpu_compare.evaluate_step(kind, CPU, precision))
 
 
-def judged(kind, precision, found):
-    """The status of a check of `found` against the same step in float64."""
-    gpu_compare.judge(kind, precision, evaluated(kind, "float64"), evaluated(kind, "bf16"), found)
-    return gpu_harness.recorded()[-1]["status"]
+def is_within_limits(kind, precision, found):
+    """Does `found` pass a comparison with the same step in float64?"""
+    return gpu_compare.judge(precision, evaluated(kind, "float64"), evaluated(kind, "bf16"), found)[0] <= 1
 
 
 def test_a_gradient_that_is_wrong_at_the_border_alone_is_seen(job, monkeypatch):
@@ -150,17 +149,18 @@ def test_a_gradient_that_is_wrong_at_the_border_alone_is_seen(job, monkeypatch):
         gradient[..., 0, 0] = 0
         return right(ctx, gradient)
 
-    monkeypatch.setattr(models, "reflect_pad", gpu_steps.strips)
-    assert judged("fastcut_l5", "float32", evaluated("fastcut_l5", "float32")) == "ok"
+    assert is_within_limits("fastcut_l5", "float32", evaluated("fastcut_l5", "float32"))
+    monkeypatch.setattr(models, "reflect_pad", models.ReflectPad2d.apply)
+    assert is_within_limits("fastcut_l5", "float32", gpu_compare.evaluate_step("fastcut_l5", CPU, "float32"))
     monkeypatch.setattr(models.ReflectPad2d, "backward", staticmethod(wrong))
-    assert judged("fastcut_l5", "float32", gpu_compare.evaluate_step("fastcut_l5", CPU, "float32")) == "FAILED"
+    assert not is_within_limits("fastcut_l5", "float32", gpu_compare.evaluate_step("fastcut_l5", CPU, "float32"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 1.1])
 @pytest.mark.parametrize("name", ["output", "loss nce_x", "gradients of D"])
 def test_each_number_counts(job, bad, name):
     found = evaluated("cut", "bf16")
-    assert judged("cut", "bf16", found | {name: found[name] * bad}) == "FAILED"
+    assert not is_within_limits("cut", "bf16", found | {name: found[name] * bad})
 
 
 # --- Processes and arithmetic
@@ -226,18 +226,12 @@ def test_a_replayed_step_that_is_right_passes(job, monkeypatch):
 
 
 def test_variants_are_timed_and_compared_with_the_step_as_trained(job):
-    names = ["bf16, as trained", "bf16, default layout", "bf16, padding gathered, no bias before norms"]
+    names = ["bf16, as trained", "bf16, default layout", "bf16, F.pad"]
     gpu_steps.time_variants("D", "cyclegan", names, None)
     results = gpu_harness.recorded()
     compared = [[f"cyclegan {name}: losses off by", f"cyclegan {name}"] for name in names[1:]]
     assert [row["what"] for row in results] == [f"cyclegan {names[0]}", *itertools.chain(*compared)]
     assert {row["status"] for row in results} == {"ok", "measured"}
-
-
-def test_gathered_padding_is_torchs():
-    x = torch.randn(2, 5, 9, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(gpu_steps.GatheredPad.apply(x, 3), F.pad(x, (3,) * 4, "reflect"))
-    assert torch.autograd.gradcheck(gpu_steps.GatheredPad.apply, (x, 3))
 
 
 def test_what_is_measured_on_cuda(job, monkeypatch):
@@ -275,12 +269,14 @@ def test_what_is_measured_on_cuda(job, monkeypatch):
 
 def test_compiled_networks_take_the_same_step_with_the_padding_of_cuda(job, monkeypatch):
     """torch.compile can trace models.ReflectPad2d."""
-    monkeypatch.setattr(models, "reflect_pad", gpu_steps.strips)
+    monkeypatch.setattr(models, "reflect_pad", models.ReflectPad2d.apply)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     losses = []
     for is_compiled in (False, True):
         made = steps.build("fastcut_l5", CPU, 32, **SIZES)
         if is_compiled:
-            gpu_steps.compile_networks(made)
+            for network in made.networks.values():
+                optimization.compile_network(network)
         losses.append(torch.stack([loss.detach() for loss in made.step(runtime.autocast(CPU, "fp32"))[1].values()]))
     torch.testing.assert_close(*losses)
 

@@ -8,7 +8,7 @@ Parts, most important first:
     A  outputs, losses and gradients on the device against the CPU; memory formats
     B  run_all.sh at a small scale, twice: the second run must skip everything
     C  stopped, killed and resumed runs against unbroken ones, also between CPU and device; two processes; NCCL
-    D  the translators' steps    E  the task model's steps; last of all, variants of both: no graph, layouts, torch.compile
+    D  the translators' steps    E  the task model's steps; last of all, variants of both: --compile, no graph, layouts
     F  loading    G  two trainers end to end    H  stage 2    I  FID and scores
 
 Results are written as they come: OUT/check.jsonl has one line per result; OUT/check.json has all results, the targets, and

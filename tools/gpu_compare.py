@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_harness import attempt, isolated, job, record
+from gpu_harness import attempt, isolated, job, record, start, value_of
 from steps import METHODS, build, patched
 
 import adapt_features
@@ -18,27 +18,33 @@ import train_translator
 
 
 def part_a():
-    isolated(compare_with_cpu, limit=120)
-
-
-def compare_with_cpu():
-    cpu, device = torch.device("cpu"), runtime.pick_device(job.device)
-    for kind in (*METHODS, "stage 3", "stage 4"):
+    """Compare each kind of step in a process of its own; they run side by side."""
+    running = {kind: start(compare_with_cpu, kind, log=None) for kind in (*METHODS, "stage 3", "stage 4")}
+    for kind, process in running.items():
         with attempt("A", f"{kind}: comparison", is_check=True):
-            exact, own = evaluate_step(kind, cpu, "float64"), evaluate_step(kind, cpu, "bf16")
-            for precision in ("float32", "TF32", "bf16"):
-                if precision == "TF32" and device.type == "cpu":
-                    record("A", f"{kind} {precision}", status="not on this device")
-                else:
-                    judge(kind, precision, exact, own, evaluate_step(kind, device, precision))
+            for precision, used, note, distances in value_of(process, limit=120):
+                record("A", f"{kind} {precision}, the worst", used, "of limit", 1.0, note=note, distances=distances)
+            if job.device == "cpu":
+                record("A", f"{kind} TF32", status="not on this device")
     for kind, network in (("fastcut_l5", "G"), ("stage 3", "segmenter")):
         with attempt("A", f"memory formats, {kind}"):
             what = f"memory formats (output/gradient), {kind}, {network}"
-            record("A", what, note=memory_formats(kind, device, network))
+            record("A", what, note=isolated(memory_formats, kind, network, limit=60))
 
 
-def judge(kind, precision, exact, own, found):
-    """Check relative distances from float64. exact, own, found: results in float64, of the CPU in bf16, and of the device.
+def compare_with_cpu(kind):
+    """-> for each precision of the device: its name, and what `judge` returns."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // 6))
+    cpu, device = torch.device("cpu"), runtime.pick_device(job.device)
+    exact, own = evaluate_step(kind, cpu, "float64"), evaluate_step(kind, cpu, "bf16")
+    precisions = ("float32", "bf16") if device.type == "cpu" else ("float32", "TF32", "bf16")
+    return [(each, *judge(each, exact, own, evaluate_step(kind, device, each))) for each in precisions]
+
+
+def judge(precision, exact, own, found):
+    """Judge relative distances from float64. exact, own, found: results in float64, of the CPU in bf16, and of the device.
+
+    Returns (largest distance as a part of its limit, that distance in words, all distances and limits by name).
 
     The limit is 1e-3 in float32. In bf16 it is twice the CPU's own distance for gradients, and the larger of that and 5e-2 for
     outputs and losses, because random U-Nets amplify rounding. TF32 has three more bits than bf16, and CPUs do not have it: its
@@ -53,7 +59,7 @@ def judge(kind, precision, exact, own, found):
         used = distance / limit if np.isfinite(distance) else float("inf")
         worst = max(worst, (used, f"{name} {distance:.1e} of {limit:.1e}"))
         distances[name] = {"distance": distance, "limit": limit}
-    record("A", f"{kind} {precision}, the worst of {len(exact)}", worst[0], "of limit", 1.0, note=worst[1], distances=distances)
+    return *worst, distances
 
 
 def evaluate_step(kind, device, precision):
@@ -107,9 +113,9 @@ def given_location(size, num_patches, device):
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:num_patches].to(device)
 
 
-def memory_formats(kind, device, network):
+def memory_formats(kind, network):
     """Memory formats of each block's output and of its gradient, e.g. "stem to head: channels_last/channels_last"."""
-    batch = 1 if kind in METHODS else 2
+    device, batch = runtime.pick_device(job.device), 1 if kind in METHODS else 2
     made, seen = build(kind, device, job.compared, batch, channels=job.channels, encoder=job.encoder), {}
 
     def format_of(x):

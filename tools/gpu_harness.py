@@ -208,7 +208,12 @@ def left():
 
 def isolated(function, *args, limit):
     """Run function(*args) in a forked process and return its value. Failed if it raises, dies or exceeds `limit` seconds."""
-    status, value, error = finish(start(function, *args, log=None), limit)
+    return value_of(start(function, *args, log=None), limit)
+
+
+def value_of(started, limit):
+    """The value of a started function. Failed if it raises, dies or exceeds `limit` seconds."""
+    status, value, error = finish(started, limit)
     if error or status != 0:
         raise Failed(error or ("it took too long" if status is None else f"its process ended with status {status}"))
     return value
