@@ -7,14 +7,10 @@ Self-contained: depends on torch, and for `UNet` on efficientnet-pytorch. Import
     logits = UNet(encoder="efficientnet-b3")(photo)          # stages 3 and 4: the task model; photo: (B, 3, H, W) in [0, 1]
     generator = load_network("RUN/weights.pt")               # the network of a finished run
 
-In the paper's equations G is `ResnetGenerator`, D `PatchDiscriminator`, H `PatchProjector`. Equations 1 to 3 are in
-losses.py, equation 4 in train_translator.py.
+In the paper's equations G is `ResnetGenerator`, D `PatchDiscriminator`, H `PatchProjector`.
 """
 
-import json
-import sys
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +26,14 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         return super().forward(x)
 
 
-class ReflectPad2d(torch.autograd.Function):
-    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n): same values as F.pad, in channels_last.
+def norm_relu(channels):
+    return nn.Sequential(InstanceNorm2d(channels), nn.ReLU(inplace=True))
 
-    CUDA's own kernel returns the default format, which costs two copies in channels_last, and its backward is not
-    deterministic (atomics). Gathering pixels, and adding strips of the border, avoid both.
+
+class ReflectPad2d(torch.autograd.Function):
+    """Reflection padding, (B, C, H, W) -> (B, C, H + 2n, W + 2n) in channels_last: same values as F.pad.
+
+    CUDA's own kernel returns the default format, which costs two copies, and its backward is not deterministic (atomics).
     """
 
     @staticmethod
@@ -52,7 +51,7 @@ class ReflectPad2d(torch.autograd.Function):
             inner = gradient.narrow(dim, n, size).clone(memory_format=torch.channels_last)
             for start, padding in ((1, 0), (size - 1 - n, n + size)):
                 strip = gradient.narrow(dim, padding, n)
-                inner.narrow(dim, start, n).add_(strip.flip(dim) if n > 1 else strip)
+                inner.narrow(dim, start, n).add_(strip.flip(dim) if n > 1 else strip)  # one line needs no kernel to flip it
             gradient = inner
         return gradient, None
 
@@ -72,11 +71,29 @@ def reflect_pad(x, n):
         return F.pad(x, (n,) * 4, "reflect")  # a single operator, which can be exported
 
 
+class CancelledBias(torch.autograd.Function):
+    """x + bias before a norm, which would cancel the bias: returns x, and zero as the gradient of the bias."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(bias)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, torch.zeros_like(*ctx.saved_tensors)
+
+
 class ReflectConv2d(nn.Conv2d):
     """Convolution with reflection padding that keeps the size of its input; kernel_size is odd."""
 
+    before_norm = True  # a norm follows: on a GPU the bias is left out, because adding them takes a tenth of a step
+
     def forward(self, x):
-        return super().forward(reflect_pad(x, self.kernel_size[0] // 2))
+        x = reflect_pad(x, self.kernel_size[0] // 2)
+        if self.before_norm and x.device.type != "cpu":
+            return CancelledBias.apply(F.conv2d(x, self.weight), self.bias)
+        return super().forward(x)
 
 
 class Downsample(nn.Module):
@@ -95,7 +112,7 @@ class UpsampleConv2d(nn.Conv2d):
     """Insert zeros, blur, convolve: (B, C, h, w) -> (B, out, H, W), H in {2h - 1, 2h}. Output 2i is centred on input i."""
 
     def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+        super().__init__(in_channels, out_channels, 3, padding=1)
         kernel = torch.tensor([1.0, 2.0, 1.0]) / 2  # not / 4: every second pixel under the kernel is an inserted zero
         self.register_buffer("kernel", kernel.outer(kernel).expand(in_channels, 1, 3, 3).clone(), persistent=False)
 
@@ -106,16 +123,12 @@ class UpsampleConv2d(nn.Conv2d):
         return super().forward(x[..., : output_size[0], : output_size[1]])
 
 
-def norm_relu(channels):
-    return nn.Sequential(InstanceNorm2d(channels), nn.ReLU(inplace=True))
-
-
 class ResnetBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))) with 3x3 convolutions: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels):
         super().__init__()
-        first, second = (ReflectConv2d(channels, channels, 3, bias=False) for _ in range(2))
+        first, second = (ReflectConv2d(channels, channels, 3) for _ in range(2))
         self.block = nn.Sequential(first, *norm_relu(channels), second, InstanceNorm2d(channels))
 
     def forward(self, x):
@@ -132,7 +145,6 @@ class ResnetGenerator(nn.Module):
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
-    Convolutions have no bias where a norm follows and would cancel it, unless PatchNCE sees their output.
     """
 
     def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False):
@@ -144,10 +156,9 @@ class ResnetGenerator(nn.Module):
         c = base_channels
         self.feature_channels = (in_channels, 2 * c, 4 * c, 4 * c, 4 * c)
         stride, pool = (1, Downsample) if antialias else (2, nn.Identity)
-        transposed = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, bias=False)
-        upsample = UpsampleConv2d if antialias else transposed
+        upsample = UpsampleConv2d if antialias else partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1)
         # Modules are created in the order in which data passes through them.
-        self.stem = ReflectConv2d(in_channels, c, 7, bias=False)
+        self.stem = ReflectConv2d(in_channels, c, 7)
         self.stem_norm = norm_relu(c)
         self.down1 = nn.Conv2d(c, 2 * c, 3, stride=stride, padding=1)
         self.down1_norm = norm_relu(2 * c).append(pool(2 * c))
@@ -159,6 +170,7 @@ class ResnetGenerator(nn.Module):
         self.up2 = upsample(2 * c, c)
         self.up2_norm = norm_relu(c)
         self.head = ReflectConv2d(c, out_channels, 7)
+        self.head.before_norm = False
         init_normal(self)
 
     def encode(self, x):
@@ -195,9 +207,8 @@ class PatchDiscriminator(nn.Module):
         layers, channels = [], in_channels
         for n in range(n_layers + 1):
             out, stride = base_channels * min(2**n, 8), 2 if n < n_layers else 1
-            has_norm = n > 0  # which would cancel a bias
-            layers.append(nn.Conv2d(channels, out, 4, stride=1 if antialias else stride, padding=1, bias=not has_norm))
-            layers += [InstanceNorm2d(out)] * has_norm + [nn.LeakyReLU(0.2, inplace=True)]
+            layers.append(nn.Conv2d(channels, out, 4, stride=1 if antialias else stride, padding=1))
+            layers += [InstanceNorm2d(out)] * (n > 0) + [nn.LeakyReLU(0.2, inplace=True)]
             layers += [Downsample(out)] * (antialias and stride == 2)
             channels = out
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, padding=1))
@@ -226,8 +237,8 @@ class PatchProjector(nn.Module):
         for head, feature, location in zip(self.heads, features, locations, strict=True):
             # (B, C, H, W) -> (B, H*W, C) -> (B, S, C); in channels_last the permutation does not copy
             vector = head(feature.permute(0, 2, 3, 1).flatten(1, 2)[:, location])
-            vector = vector.to(torch.promote_types(vector.dtype, torch.float32))  # half precision is too coarse for the loss
-            vectors.append(F.normalize(vector, dim=-1))
+            precise = torch.promote_types(vector.dtype, torch.float32)  # half precision is too coarse for the loss
+            vectors.append(F.normalize(vector.to(precise), dim=-1))
         return vectors
 
 
@@ -241,15 +252,14 @@ def init_normal(network):
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, 0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)
 
 
 class UNet(nn.Module):
     """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32.
 
-    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded from the address
-    that efficientnet-pytorch uses), or the path of a file in the format of that package. ValueError if they do not load.
+    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded from
+    efficientnet-pytorch's address), or the path of a file in that package's format. ValueError if they do not load.
     unet(x, return_features=True) -> (logits, features), a dict of ten maps: "encoder1" (stride 2) to "encoder5" (stride
     32), "decoder1" (stride 16) to "decoder5" (stride 1); channels in `feature_channels`. ImageNet's normalisation is built in.
     """
@@ -289,9 +299,8 @@ class UNet(nn.Module):
         self.encoder.train(mode and not self.encoder_frozen)
         return self
 
-    def encode(self, x):
-        """(B, 3, H, W) in [0, 1] -> five maps at strides 2, 4, 8, 16 and 32."""
-        net, maps = self.encoder, []
+    def forward(self, x, return_features=False):
+        size, net, maps = x.shape[-2:], self.encoder, []  # maps: the encoder's at strides 2, 4, 8, 16 and 32
         x = (x - self.mean) / self.std
         x = net._swish(net._bn0(net._conv_stem(x)))
         for i, block in enumerate(net._blocks):
@@ -299,13 +308,7 @@ class UNet(nn.Module):
                 maps.append(x)
             # Drop-connect grows linearly with depth (Tan and Le 2019). The block applies it only in training mode.
             x = block(x, drop_connect_rate=net._global_params.drop_connect_rate * i / len(net._blocks))
-        return [*maps, x]
-
-    def forward(self, x, return_features=False):
-        size = x.shape[-2:]
-        maps = self.encode(x)
-        features = {f"encoder{i}": f for i, f in enumerate(maps, 1)}
-        x = maps.pop()
+        features = {f"encoder{i}": f for i, f in enumerate([*maps, x], 1)}
         for i, block in enumerate(self.decoder, 1):
             skip = maps.pop() if maps else None
             with torch.autocast(x.device.type, enabled=False):  # autocast would copy to float32
@@ -319,8 +322,7 @@ class UNet(nn.Module):
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution of EfficientNet, (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)), stride 1 or 2.
 
-    Padded as in TensorFlow. On a CPU it runs in float32 even under autocast: in bf16 the weight gradient of a 5x5 kernel
-    takes four to nine times as long (torch 2.14, AVX-512 with AMX), and the forward pass is no faster.
+    Padded as in TensorFlow. On a CPU in float32 even under autocast: in bf16 the weight gradient takes 4 to 9 times as long.
     """
 
     def __init__(self, channels, kernel_size, stride):
@@ -344,22 +346,18 @@ def efficientnet(name, weights=None):
 
     if name not in url_map:
         raise ValueError(f"encoder {name!r}: unknown; choose efficientnet-b0 to efficientnet-b7")
-    # image_size=None: pad for the size of the input. The package pads for ImageNet's size, which shifts features at others.
-    # batch_norm_momentum=0.9: running statistics move by 10% per step, torch's default. With the package's 1%, evaluation
-    # after a short training would use outdated statistics.
+    # image_size=None: pad for the input's size, not for ImageNet's, which shifts features. batch_norm_momentum=0.9: running
+    # statistics move by 10% per step, torch's default. The package's 1% is outdated when a short training is evaluated.
     network = EfficientNet.from_name(name, image_size=None, batch_norm_momentum=0.9)
     if weights is not None:
-        load, source = partial(torch.load, weights), weights
+        load, source = torch.load, weights
         if weights == "imagenet":
-            load = partial(torch.hub.load_state_dict_from_url, url_map[name], check_hash=True, progress=sys.stderr.isatty())
-            source = f"{url_map[name]} (kept in {torch.hub.get_dir()})"
+            load, source = partial(torch.hub.load_state_dict_from_url, check_hash=True), url_map[name]
         try:
-            network.load_state_dict(load(map_location="cpu", weights_only=True))
+            network.load_state_dict(load(source, map_location="cpu", weights_only=True))
         except Exception as error:  # no connection, a wrong hash, a damaged file, a file of another network
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            raise ValueError(
-                f"{name}: cannot load {source} ({reason}); pass efficientnet-pytorch's weights as --encoder-weights FILE"
-            ) from error
+            reason, remedy = str(error).partition("\n")[0].partition(". ")[0], "give its weights with --encoder-weights FILE"
+            raise ValueError(f"{name}: cannot load {source} ({reason}); {remedy}") from error
     for block in network._blocks:
         conv = block._depthwise_conv
         block._depthwise_conv = DepthwiseConv2d(conv.in_channels, conv.kernel_size[0], conv.stride[0])
@@ -369,17 +367,13 @@ def efficientnet(name, weights=None):
     return network
 
 
-class FeatureDiscriminator(nn.Module):
+class FeatureDiscriminator(nn.Sequential):
     """D_feat of stage 4: (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source."""
 
     def __init__(self, in_channels, width=256):
-        super().__init__()
         relu = nn.LeakyReLU(0.2, inplace=True)  # (ours; Hoffman et al. 2018: 512-256-2, ReLU, Dropout2d)
         first, second = nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, width, 1)
-        self.layers = nn.Sequential(first, relu, second, relu, nn.Conv2d(width, 1, 1))
-
-    def forward(self, x):
-        return self.layers(x)
+        super().__init__(first, relu, second, relu, nn.Conv2d(width, 1, 1))
 
 
 def network_state(network, width):
@@ -387,31 +381,20 @@ def network_state(network, width):
     return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), width=width)
 
 
-def without_cancelled_biases(state_dict, network):
-    """A state_dict of older versions or of the published code, less the biases that norms cancel and `network` lacks."""
-    names = network.state_dict().keys()
-    return {name: value for name, value in state_dict.items() if name in names or not name.endswith(".bias")}
-
-
 def load_network(path, expected=None, device="cpu"):
     """Load the network of a weights.pt in eval mode; network.width is the width in pixels of its training frames.
 
     expected: ResnetGenerator or UNet, if the file must hold that class. Raises OSError if the file cannot be read, and
-    ValueError naming it if it holds another class, no network or no width. Never executes code from it (`weights_only`).
+    ValueError naming it if it holds another class or no network. Executes no code from it (`weights_only`).
     """
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             network = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]](**saved["arguments"])
-            network.load_state_dict(without_cancelled_biases(saved["state_dict"], network))
+            network.load_state_dict(saved["state_dict"])
+            network.width = saved["width"]
         except Exception as error:  # a damaged file can raise any type
-            raise ValueError(f"{path}: not the weights.pt of a finished run ({type(error).__name__})") from error
+            raise ValueError(f"{path}: not the weights.pt of a finished run, or too old ({type(error).__name__})") from error
     if expected is not None and not isinstance(network, expected):
         raise ValueError(f"{path}: holds a {type(network).__name__}; a {expected.__name__} is needed")
-    network.width = saved.get("width")
-    if network.width is None:  # weights.pt of older versions
-        try:
-            network.width = int(json.loads(Path(path).with_name("args.json").read_text())["width"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: no training width, neither in this file nor in an args.json beside it") from error
     return network.to(device).eval()
