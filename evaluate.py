@@ -99,7 +99,7 @@ def evaluate(args, frames, device, precision):
     runtime.join_processes(device)
     autocast = runtime.autocast(device, precision)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
-    frames = runtime.shard(frames)
+    frames = frames[runtime.rank() :: runtime.processes()]
     label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     indices = [[i] for i in range(len(frames))]  # batches of one, since frames differ in size
@@ -119,10 +119,14 @@ def evaluate(args, frames, device, precision):
 
 
 def table_row(name, result):
-    """The `scores` of a model -> its row of table 2: strings by column, in percent, empty where the score is nan."""
+    """The `scores` of a model -> its row of table 2: numbers by column, in percent, None where the score is nan."""
     values = [result["miou"], result["fwiou"], result["pixel_accuracy"], *result["iou"].tolist()]
-    cells = ["" if np.isnan(value) else f"{100 * value:.2f}" for value in values]
-    return dict(zip(COLUMNS, (name, *cells), strict=True))
+    return dict(zip(COLUMNS, (name, *(None if np.isnan(value) else 100 * value for value in values)), strict=True))
+
+
+def rounded(row):
+    """A row as it is printed and written to CSV: two digits, empty where there is no score."""
+    return {column: cell if column == "model" else "" if cell is None else f"{cell:.2f}" for column, cell in row.items()}
 
 
 def read_table(path):
@@ -133,14 +137,15 @@ def read_table(path):
 def add_row(path, row):
     """Add a row to a CSV file, or replace the row of the same model. The lock lets several evaluations share the file."""
     with files.lock(path.parent, wait=True):
-        files.write_csv(path, list((read_table(path) | {row["model"]: row}).values()))
+        files.write_csv(path, list((read_table(path) | {row["model"]: rounded(row)}).values()))
 
 
 def read_evaluation(path):
     """RUN/evaluation.json -> (row of table 2, the settings it was made with). Raises ValueError if the file is not one."""
     settings = files.read_json(path, "row")
     row = settings.pop("row")
-    if not isinstance(row, dict) or tuple(row) != COLUMNS or not all(isinstance(cell, str) for cell in row.values()):
+    numbers = [*row.values()][1:] if isinstance(row, dict) and tuple(row) == COLUMNS else [""]
+    if not all(cell is None or isinstance(cell, (int, float)) for cell in numbers):
         raise ValueError(f"{path}: its row is not one of table 2; delete the file and evaluate that run again")
     return row, settings
 
@@ -205,7 +210,7 @@ def main():
         for folder in filter(None, (args.out.parent if args.out else args.segmenter, args.save_predictions)):
             files.check_writable(folder)
     row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])))
-    print(f"{name}: " + ", ".join(f"{mean} {row[mean]}" for mean in MEANS))
+    print(f"{name}: " + ", ".join(f"{mean} {rounded(row)[mean]}" for mean in MEANS))
     if runtime.is_first() and args.out:
         add_row(args.out, row)
     elif runtime.is_first():

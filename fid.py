@@ -5,8 +5,7 @@ Update Rule", eq. 6). Weights and preprocessing are those of https://github.com/
 with other papers'. One difference: photographs are first turned upright by their EXIF tag. Self-contained.
 
     python fid.py translated/images cityscapes/leftImg8bit/train         # FID; downloads 95 MB of weights the first time
-    python fid.py A B --weights pt_inception-2015-12-05-6726825d.pth     # the same weights from a file, offline
-    python fid.py A B --weights random                                   # no weights needed; not comparable with FID
+    python fid.py A B --weights FILE                                     # the same weights from a file, offline; or `random`
     python fid.py A --save a.npz && python fid.py a.npz B                # statistics files, compatible with pytorch-fid
     python fid.py A B --cache runs/fid --out fid.json                    # cache the statistics; write {"FID": 12.3}
 
@@ -23,6 +22,7 @@ import os
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +104,9 @@ def inception(weights="published", dims=2048, seed=0):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
             network.load_state_dict(state)
         except Exception as error:  # networks, disks and torch.load raise a dozen kinds
-            problem = "not a checkpoint like pytorch-fid's, with torchvision's names and 1008 classes"
-            if weights == "published":
-                reason = " ".join(str(error).split())[:160]
-                problem = f"{WEIGHTS_URL} cannot be loaded into {torch.hub.get_dir()} ({reason}); pass --weights FILE"
-            elif not os.path.isfile(weights):
-                problem = "no such file; expected published, random or a file"
-            raise ValueError(f"weights {weights}: {problem}") from error
+            reason = " ".join(str(error).split())[:160]
+            source = f"{WEIGHTS_URL}, into {torch.hub.get_dir()}" if weights == "published" else weights
+            raise ValueError(f"weights {source}: {reason}; pass pytorch-fid's checkpoint as --weights FILE") from error
     return InceptionFeatures(network, dims).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -144,7 +140,7 @@ def frame_name(name):
     return re.sub("(_leftImg8bit|_gtFine_labelIds)$", "", stem if suffix.lower() in EXTENSIONS else stem + suffix)
 
 
-def read_batch(paths):
+def read_batch(paths, width=None):
     """B image files -> (B, 3, 299, 299) float32 array in [0, 1], or the exception that reading one raised.
 
     Arrays pass through pipes: tensors would need /dev/shm. Exceptions are returned: tracebacks would keep workers alive.
@@ -152,7 +148,7 @@ def read_batch(paths):
     arrays = []
     try:
         for path in paths:
-            arrays.append(read_image(path))
+            arrays.append(read_image(path, width))
         return np.stack(arrays)
     except MemoryError as error:
         return error.with_traceback(None)
@@ -160,14 +156,17 @@ def read_batch(paths):
         return ValueError(f"{path}: not a readable image ({error})")
 
 
-def read_image(path):
-    """Image file -> (3, 299, 299) float32 array in [0, 1], turned upright by its EXIF tag."""
+def read_image(path, width=None):
+    """Image file -> (3, 299, 299) float32 array in [0, 1], turned upright by its EXIF tag, resized to `width` first."""
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):  # Pillow only warns, up to twice as many
             raise ValueError(f"more than PIL.Image.MAX_IMAGE_PIXELS, {Image.MAX_IMAGE_PIXELS}")
         if image.mode[0] in "IF":  # 16 or 32 bits per channel, which convert() would clip at 255
             raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-        return resize(to_tensor(ImageOps.exif_transpose(image).convert("RGB"))[None])[0].numpy()
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        if width:  # antialiased, as data.py resizes frames
+            image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.BILINEAR)
+        return resize(to_tensor(image)[None])[0].numpy()
 
 
 def end_with_parent(*_):
@@ -176,12 +175,12 @@ def end_with_parent(*_):
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
-def statistics(images, network, batch_size=32, workers=0, cache=None, name="images"):
+def statistics(images, network, batch_size=32, workers=0, cache=None, name="images", width=None):
     """Mean (D,) and covariance (D, D; divided by n - 1) of a network's features over a set of images, float64.
 
     images: a folder or a list of paths. network: (B, 3, 299, 299) in [0, 1] -> (B, D), used on its own device.
     workers: number of reading processes. cache: a folder for results, which are reused while the weights and the path,
-    size and modification time of every file stay the same. name: name of a list of paths in messages.
+    size and modification time of every file stay the same. name: name of a list of paths in messages. width: see read_image.
     Raises ValueError for fewer than two images, for an unreadable one, and if features are not finite.
     """
     if isinstance(images, (str, os.PathLike)):
@@ -189,12 +188,12 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     paths = [os.fspath(path) for path in images]
     if len(paths) < 2:
         raise ValueError(f"{name}: {len(paths)} images, a covariance needs at least 2")
-    cached = cache and Path(cache) / f"{fingerprint(paths, network)}.npz"
+    cached = cache and Path(cache) / f"{fingerprint(paths, network, width)}.npz"
     if cached and cached.exists():
         return load_statistics(cached)
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     options = {"num_workers": min(workers, len(batches)), "worker_init_fn": end_with_parent}
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=read_batch, **options)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=partial(read_batch, width=width), **options)
     features, device = [], next(network.parameters()).device
     with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=None) as progress:
         for batch in loader:
@@ -213,9 +212,9 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
     return mu, sigma
 
 
-def fingerprint(paths, network):
-    """Hash of what determines a set's statistics: the weights, and each file's path, size and modification time."""
-    digest = hashlib.sha256(b"fid.py 1")  # increase the number when preprocessing changes, to invalidate older caches
+def fingerprint(paths, network, width):
+    """Hash of what determines a set's statistics: the weights, the width, each file's path, size and modification time."""
+    digest = hashlib.sha256(f"fid.py 2 {width}".encode())  # increase the 2 when preprocessing changes
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
     for path in paths:
@@ -310,6 +309,7 @@ def parse_arguments():
     parser.add_argument("--cache", metavar="DIR", help="keep the statistics of folders here and reuse them (default: off)")
     parser.add_argument("--exclude", metavar="FILE", help="text file with names of images to leave out, one per line")
     parser.add_argument("--check", action="store_true", help="check weights, inputs and outputs, then stop")
+    parser.add_argument("--width", type=int, help="resize the images of A to this width first, as stage 2 resizes frames")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
     workers = min(16, len(os.sched_getaffinity(0)))
     parser.add_argument("--workers", type=int, default=workers, help="reading processes (default: one per core, up to 16)")
@@ -321,8 +321,8 @@ def parse_arguments():
         fail("A and B are required: two folders of images or .npz statistics (A alone with --save FILE.npz, without --out)")
     if not (args.out or ".json").endswith(".json") or not (args.save or ".npz").endswith(".npz"):
         fail("--out must name a .json file, --save an .npz file")
-    if args.batch_size < 1 or not 0 <= args.workers <= 512:
-        fail("--batch-size must be at least 1, --workers from 0 to 512")
+    if min(args.batch_size, args.width or 1) < 1 or not 0 <= args.workers <= 512:
+        fail("--batch-size and --width must be at least 1, --workers from 0 to 512")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.ones(1, device=device).add(1).item()  # a GPU may be listed and yet not work
@@ -366,7 +366,8 @@ def run(args):
     print("; ".join([f"fid.py: {args.device}, float32", *found]), file=sys.stderr)
     for k, path in enumerate(args.inputs):
         if isinstance(inputs[k], list):
-            inputs[k] = statistics(inputs[k], network, args.batch_size, args.workers, args.cache, name=path)
+            width = args.width if k == 0 else None
+            inputs[k] = statistics(inputs[k], network, args.batch_size, args.workers, args.cache, path, width)
     if len(inputs) == 2:
         distance = f"{frechet_distance(*inputs[0], *inputs[1]):.6g}"
         with contextlib.suppress(OSError):  # a closed pipe must not lose the files below
@@ -379,14 +380,13 @@ def run(args):
 
 def main():
     args = parse_arguments()
-    smaller = f"choose a smaller --batch-size than {args.batch_size}, or fewer --workers than {args.workers}"
+    smaller = f"lower --batch-size ({args.batch_size}) or --workers ({args.workers})"
     try:
         run(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as error:
-        hint = "; try --workers 0" if isinstance(error, OSError) and error.filename is None else ""
-        fail((str(error).strip() or repr(error)) + hint)
+        fail(str(error).strip() or repr(error))
     except (MemoryError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 
-WARM_UP = 3  # steps before a CUDA graph is recorded; cuDNN also tries its algorithms in them, with large workspaces
+WARM_UP = 3  # steps before a CUDA graph is recorded; cuDNN tries its algorithms in them, with large workspaces
 # torch warns when such an optimizer steps outside a graph, which warm-up does on purpose.
 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
 
@@ -100,20 +100,23 @@ class GraphedStep:
 
     step: takes tensors, always of the same shapes, and returns tensors, alone or in tuples and dicts. Whatever changes from
     call to call must be a tensor that stays in place (the learning rate, too), because numbers are recorded as constants.
-    The next call overwrites the results. On a CPU, and with several processes, calls go straight to `step`.
+    The next call overwrites the results. On a CPU, and with several processes, calls go straight to `step`. CUDA's peak
+    memory is reset after WARM_UP calls, in which cuDNN tries its algorithms.
     """
 
     def __init__(self, step, device):
-        self.step, self.calls, self.graph = step, 0, None
+        self.step, self.device, self.calls, self.graph = step, device, 0, None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and runtime.processes() == 1 else None
 
     def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == WARM_UP + 1 and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if self.stream is None:
             return self.step(*inputs)
+        if self.calls <= WARM_UP:
+            return self._step_on_stream(inputs)
         if self.graph is None:
-            self.calls += 1
-            if self.calls <= WARM_UP:
-                return self._step_on_stream(inputs)
             self._record(inputs)
         for kept, new in zip(self.inputs, inputs, strict=True):
             kept.copy_(new)

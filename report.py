@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import files
 import runtime
-from evaluate import MEANS, load_segmenter, predict, read_evaluation
+from evaluate import MEANS, load_segmenter, predict, read_evaluation, rounded
 
 # The models of table 2 in its order, and the names of their folders; translators have the same names.
 MODELS = {
@@ -30,6 +30,7 @@ MODELS = {
     "Oracle": "oracle",
 }
 COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
+LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
 FIGURE_ROWS, COLUMN_WIDTH = 4, 320  # frames per figure, pixels per picture
 
@@ -89,22 +90,31 @@ def table2(out):
     return {model: rows[model] for model in (*MODELS, *rows) if model in rows}
 
 
-def table3(source, clada, oracle):
-    """Rows of table 2 -> rows of table 3, one per class and one for the mean: the gaps to the Oracle, and the part recovered.
+def recovered(source, model, oracle):
+    """The part of the gap between Source Only and Oracle that a model closes, in percent: (model - source) / (oracle - source).
 
-    Recovered is (CLADA - Source Only) / (Oracle - Source Only), in percent. Cells are empty for classes that are absent from
-    the ground truth, and where the Oracle is not better than Source Only.
+    None where a score is missing (None) or the gap is below LEAST_GAP. Above 100 if the model beats the Oracle.
     """
-    rows = []
+    if None in (source, model, oracle) or oracle - source < LEAST_GAP:
+        return None
+    return 100 * (model - source) / (oracle - source)
+
+
+def table3(rows):
+    """{model: row of table 2} -> rows of table 3, one per class and one for the mean.
+
+    Columns: the gaps of Source Only and of CLADA to the Oracle, the part of the gap that CLADA recovers, and after them
+    the part that each other model recovers. Cells are empty where there is no such number.
+    """
+    others, table = [model for model in rows if model not in ("Source Only", "CLADA", "Oracle")], []
     for name in (*data.CLASS_NAMES, "mIoU"):
-        row = {"class": name, "source_gap": "", "clada_gap": "", "recovered": ""}
-        if "" not in (source[name], clada[name], oracle[name]):
-            s, c, o = float(source[name]), float(clada[name]), float(oracle[name])
-            row |= {"source_gap": f"{o - s:.2f}", "clada_gap": f"{o - c:.2f}"}
-            if o > s:
-                row["recovered"] = f"{100 * (c - s) / (o - s):.1f}"
-        rows.append(row)
-    return rows
+        scores = {model: row[name] for model, row in rows.items()}
+        source, clada, oracle = (scores.get(model) for model in ("Source Only", "CLADA", "Oracle"))
+        gaps = [None if None in (score, oracle) else oracle - score for score in (source, clada)]
+        parts = [recovered(source, score, oracle) for score in (clada, *(scores[model] for model in others))]
+        cells = [*("" if gap is None else f"{gap:.2f}" for gap in gaps), *("" if p is None else f"{p:.1f}" for p in parts)]
+        table.append(dict(zip(("class", "source_gap", "clada_gap", "recovered", *others), (name, *cells), strict=True)))
+    return table
 
 
 def print_table(title, rows):
@@ -128,19 +138,18 @@ def write_tables(out):
     if not scores:
         print(f"Tables 2 and 3 need {out / INPUTS[1]}: left out")
         return
-    files.write_csv(results / "table2.csv", list(scores.values()))
-    rows = [{column: row[column] for column in ("model", *MEANS)} for row in scores.values()]
-    print_table("Table 2: scores on the target's val split, percent", rows)
-    if missing := [model for model in ("Source Only", "CLADA", "Oracle") if model not in scores]:
+    rows = [rounded(row) for row in scores.values()]
+    files.write_csv(results / "table2.csv", rows)
+    print_table("Table 2: scores on the target's val split, percent", [{c: row[c] for c in ("model", *MEANS)} for row in rows])
+    if missing := [model for model in ("Source Only", "Oracle") if model not in scores]:
         print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
         return
-    rows = table3(scores["Source Only"], scores["CLADA"], scores["Oracle"])
-    files.write_csv(results / "table3.csv", rows)
-    print_table("Table 3: IoU lost to the Oracle, and the part of it that CLADA recovers, percent", rows)
-    clada, control = scores["CLADA"]["mIoU"], scores.get("control", {}).get("mIoU")
-    if clada and control:
-        gain = float(clada) - float(control)
-        print(f"CLADA's adversary: {gain:+.2f} mIoU over the control, the same fine-tuning without it")
+    files.write_csv(results / "table3.csv", table3(scores))
+    title = "Table 3: IoU lost to the Oracle; the part of it that CLADA (recovered) and the other models win back, percent"
+    print_table(title, table3(scores))
+    clada, control = (scores.get(model, {}).get("mIoU") for model in ("CLADA", "control"))
+    if None not in (clada, control):
+        print(f"CLADA's adversary: {clada - control:+.2f} mIoU over the control, the same fine-tuning without it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def run_script(main):
         logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _after_destructor
     status, is_collective = 0, True
     try:
         main()
@@ -82,10 +83,7 @@ def _explain(error):
     text = files.printable(str(error).strip() or type(error).__name__)
     first = files.printable(str(error).strip().partition("\n")[0])
     if is_out_of_memory(error):
-        return (
-            1,
-            "not enough memory: lower --workers, --batch-size, --crop-size, --width or --base-channels, if the script has it",
-        )
+        return 1, "not enough memory: lower --workers, --batch-size, --crop-size, --width or --base-channels"
     if isinstance(error, (FloatingPointError, ChildProcessError)):
         return 1, text
     if isinstance(error, OSError) and error.filename is None and error.errno in REMEDIES:
@@ -129,6 +127,12 @@ def _survive_closed_streams():
 
 def _interrupt(number, frame):
     raise KeyboardInterrupt(128 + number)
+
+
+def _after_destructor(problem):  # if a signal came in one, Python would print the exception and go on
+    if isinstance(problem.exc_value, KeyboardInterrupt):
+        os._exit(problem.exc_value.args[0] if problem.exc_value.args else 130)
+    sys.__unraisablehook__(problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,9 +218,7 @@ def add_compute_arguments(parser):
     add = parser.add_argument
     add("--exclude", type=real_path, metavar="FILE", help="names of frames to leave out, one per line")
     add("--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed")
-    precision = (
-        "bf16: bfloat16 autocast; fp32: float32, on CUDA with TF32 in convolutions; auto (default): bf16 where it is fast"
-    )
+    precision = "bf16: autocast; fp32: float32, on CUDA with TF32 in convolutions; auto (default): bf16 where it is fast"
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
 
 
@@ -383,11 +385,6 @@ def all_gather(state):
     torch.save(state, buffer)
     dist.all_gather_object(states, buffer.getvalue())  # as bytes: tensors would come back on their senders' GPUs
     return [torch.load(io.BytesIO(state), map_location="cpu", weights_only=True) for state in states]
-
-
-def shard(items):
-    """This process's share of a list: every n-th item."""
-    return items[rank() :: processes()]
 
 
 def barrier():

@@ -82,7 +82,6 @@ def main():
         if segmenter.encoder_frozen != is_frozen:
             segmenter.freeze_encoder(is_frozen)
             graphed_step = GraphedStep(step, run.device)
-            run.warm_up()
         lr = learning_rate(iteration, args.iterations, args.lr)
         set_learning_rate(optimizer, lr)
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)

@@ -37,14 +37,16 @@ def parse_args(words=None):
     add("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
     add("--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)")
     add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
+    add("--flip-equivariance", action="store_true", help="mirror half of G's inputs and their queries, as released FastCUT")
     add("--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs 5)")
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)
     if min(args.crop_size) < 24:
         parser.error(f"--crop-size {min(args.crop_size)}: the discriminator needs crops of at least 24 pixels")
     if args.method == "cyclegan":
-        if (args.lambda_x, args.lambda_y, args.num_patches) != (None, None, None):
-            parser.error("--lambda-x, --lambda-y and --num-patches belong to PatchNCE, which cyclegan does not use")
+        if (args.lambda_x, args.lambda_y, args.num_patches, args.flip_equivariance) != (None, None, None, False):
+            nce = "--lambda-x, --lambda-y, --num-patches and --flip-equivariance"
+            parser.error(f"{nce} belong to PatchNCE, which cyclegan does not use")
     else:
         if args.identity_weight > 0:
             parser.error("--identity-weight belongs to cyclegan; use --lambda-y for the other methods' identity term")
@@ -73,9 +75,10 @@ class ContrastiveTranslation:
 
     def step(self, x, y, autocast):
         """x, y: (B, 3, H, W) in [-1, 1] -> (translated x, losses by name)."""
-        args, G, D = self.args, self.G, self.D
+        args, D = self.args, self.D
         with autocast:
-            fake, features_x = G(x, return_features=True)
+            flipped = torch.rand((len(x), 1, 1, 1), device=x.device) < 0.5 if args.flip_equivariance else None
+            fake, features_x = self.translate(x, flipped)
             loss_D = discriminator_loss(D(y), D(fake.detach()), args.gan_loss)
         backward_and_step(self.opt_D, loss_D)
 
@@ -83,16 +86,28 @@ class ContrastiveTranslation:
         with autocast:
             losses = {
                 "G_gan": gan_loss(D(fake), True, args.gan_loss),
-                "nce_x": self.patch_nce(features_x, G.encode(fake)),
+                "nce_x": self.patch_nce(features_x, self.encode(fake, flipped)),
             }
             loss_G = losses["G_gan"] + args.lambda_x * losses["nce_x"]
             if args.lambda_y > 0:  # the identity term: G keeps the content of target images
-                identity, features_y = G(y, return_features=True)
-                losses["nce_y"] = self.patch_nce(features_y, G.encode(identity))
+                identity, features_y = self.translate(y, flipped)
+                losses["nce_y"] = self.patch_nce(features_y, self.encode(identity, flipped))
                 loss_G = loss_G + args.lambda_y * losses["nce_y"]
         backward_and_step(self.opt_G, loss_G)
         D.requires_grad_(True)
-        return fake, {"D": loss_D} | losses
+        return mirror(fake, flipped), {"D": loss_D} | losses
+
+    def translate(self, images, flipped):
+        """(B, 3, H, W) -> (their translation, mirrored where `flipped`; features of the images, which are never mirrored)."""
+        if flipped is None:
+            return self.G(images, return_features=True)
+        with torch.no_grad():
+            features = self.G.encode(images)
+        return self.G(mirror(images, flipped)), features
+
+    def encode(self, translated, flipped):
+        """The features of a translation, mirrored back where it is mirrored."""
+        return [mirror(feature, flipped) for feature in self.G.encode(translated)]
 
     def patch_nce(self, features, features_translated):
         """Equation 3, averaged over layers: each patch of the translation must find the input's patch at its location."""
@@ -188,6 +203,11 @@ class ImagePool(training.PerProcess):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def mirror(x, where):
+    """Mirror images or features (B, C, H, W), left to right, where `where` (B, 1, 1, 1) is true; nowhere if it is None."""
+    return x if where is None else torch.where(where, x.flip(3), x)
 
 
 def _on(device, network):

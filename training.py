@@ -206,7 +206,6 @@ class Run:
         batches = loading.batches(dataset, indices, args.workers, self.device)
         bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
         self.clock = optimization.StepClock(self.device)
-        self.warm_up()
         self.is_waiting = False
         with _caught_signals(self) as signals, bar:
             try:
@@ -227,7 +226,6 @@ class Run:
         """Log and save if due, and stop if any process has received a signal."""
         self.clock.enter("wait")
         self.iteration += 1
-        self._count_warm_up()
         is_last = self.iteration == self.args.iterations
         if is_last or self.iteration % self.args.log_every == 0:
             self._write_log()
@@ -236,16 +234,6 @@ class Run:
             self.save()
         if signal_number and not is_last:
             sys.exit(128 + signal_number)
-
-    def warm_up(self):
-        """Exclude the next steps from peak memory on CUDA: cuDNN tries its algorithms in them."""
-        self.warming_up = optimization.WARM_UP + 1 if self.device.type == "cuda" else 0  # one more, which is measured
-
-    def _count_warm_up(self):
-        if self.warming_up > 0:
-            self.warming_up -= 1
-            if self.warming_up == 1:
-                torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def samples(self):
@@ -274,7 +262,7 @@ class Run:
         self.clock.enter("other")
         means = self._finite_means()
         seconds, wait = self.clock.read()
-        peak = "" if self.warming_up else f"{optimization.peak_memory_mib(self.device):.0f}"
+        peak = f"{optimization.peak_memory_mib(self.device):.0f}"
         self._finite_state()
         self.rows.append(
             {"iteration": self.iteration}
@@ -338,9 +326,9 @@ class Run:
         for name in ("seconds_per_iteration", "wait_seconds"):
             times = [float(row[name]) for row in rows] or [0.0]
             summary[name] = statistics.median(times[1:] or times)  # without the first interval, which warms up
-        peaks = [int(row["peak_memory_mib"]) for row in self.rows if row["peak_memory_mib"]]
+        peaks = [int(row["peak_memory_mib"] or 0) for row in self.rows]
         summary |= {
-            "peak_memory_mib": max(peaks, default=round(optimization.peak_memory_mib(self.device))),
+            "peak_memory_mib": max(peaks),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }

@@ -158,7 +158,9 @@ def main():
     # Shard before skipping finished frames, so that a resumed run batches exactly as an uninterrupted one.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
     done = finished_names(args.out)
-    own = [batch for batch in runtime.shard(batches) if not done.issuperset(frame.name for frame in batch)]
+    own = [
+        batch for batch in batches[runtime.rank() :: runtime.processes()] if not done.issuperset(frame.name for frame in batch)
+    ]
     count = sum(frame.name in done for frame in frames)
     where = runtime.describe(device, settings["precision"])
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)

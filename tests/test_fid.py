@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.models import inception_v3
 
+import data
 import fid
 
 SCRIPT = Path(fid.__file__).resolve()
@@ -209,6 +210,21 @@ def test_distance_of_folders_equals_pytorch_fid(same_weights, photos, dims, tmp_
     assert pytorch_fid.fid_score.calculate_fid_given_paths(paths, 1, "cpu", dims, num_workers=0) == pytest.approx(
         theirs, rel=1e-3
     )
+
+
+def test_width_is_that_of_stage_2_for_the_first_set(photos, tmp_path, monkeypatch, capsys):
+    """As if A's files had been resized as data.py resizes frames; B stays as it is, and the cache tells widths apart."""
+    for path in sorted(photos[0].iterdir()):
+        resized = data.resize_to_width(data.load_image(path), 50)
+        (tmp_path / "resized").mkdir(exist_ok=True)
+        Image.fromarray(resized.permute(1, 2, 0).numpy()).save(tmp_path / "resized" / f"{path.stem}.png")
+    words = [photos[1], "--weights", "random", "--dims", 64, "--cache", tmp_path / "cache"]
+    values = []
+    for a, more in ((photos[0], ["--width", 50]), (tmp_path / "resized", []), (photos[0], []), (photos[0], ["--width", 50])):
+        status, out, err = call(monkeypatch, capsys, a, *words, *more)
+        assert status == 0, err
+        values.append(float(out.split()[-1]))
+    assert values[0] == values[3] == pytest.approx(values[1], rel=1e-2) and values[0] != pytest.approx(values[2], rel=0.05)
 
 
 def test_fid_of_folders_equals_that_of_pytorch_fids_features(same_weights, photos, monkeypatch, capsys):
@@ -533,7 +549,7 @@ def wrong(folders, tmp_path):
         (["a", "b", "--dims", "100"], "--dims"),
         (["a", "b", "--batch-size", "0"], "--batch-size"),
         (["a", "b", "--device", "cuda:99"], "--device cuda:99"),
-        (["a", "b", "--weights", "gone.pth"], "gone.pth: no such file"),
+        (["a", "b", "--weights", "gone.pth"], "No such file or directory: 'gone.pth'"),
         (["a", "b", "--weights", "text.pth"], "text.pth"),
         (["a", "b", "--weights", "other.pth"], "other.pth"),
         (["a", "b", "--weights", "list.pth"], "list.pth"),
@@ -569,4 +585,4 @@ def test_lost_readers_and_lack_of_memory_end_with_status_1_and_one_line(
     status, out, err = call(monkeypatch, capsys, *folders, "--workers", workers)
     line = err.splitlines()[-1]
     assert status == 1 and out == "" and err.count("\n") == 2
-    assert line.startswith("fid.py: ") and says in line and "--batch-size than 32" in line
+    assert line.startswith("fid.py: ") and says in line and "--batch-size (32)" in line

@@ -23,11 +23,11 @@ FRAMES = {"frames": "3 frames, 0123", "content": "4567"}
 
 
 def row(miou, **iou):
-    return {"mIoU": miou} | dict.fromkeys(data.CLASS_NAMES, "10.00") | iou
+    return {"mIoU": miou} | dict.fromkeys(data.CLASS_NAMES, 10.0) | iou
 
 
 def write_evaluation(out, folder, model, miou="10.00", **settings):
-    cells = dict.fromkeys(evaluate.COLUMNS, "10.00") | {"model": model, "mIoU": miou, "train": ""}
+    cells = dict.fromkeys(evaluate.COLUMNS, 10.0) | {"model": model, "mIoU": float(miou), "train": None}
     (out / "segmenters" / folder).mkdir(parents=True, exist_ok=True)
     files.write_json(out / "segmenters" / folder / "evaluation.json", {"row": cells} | FRAMES | settings)
 
@@ -106,7 +106,8 @@ def test_everything_is_written_by_one_process_at_a_time(out):
         (model, SCORES[model]) for model in ("Source Only", "CUT", "control", "CLADA", "Oracle", "mine")
     ]
     assert list(table2[0]) == list(evaluate.COLUMNS)
-    assert table3 == report.table3(table2[0], table2[3], table2[4])
+    parts = dict(source_gap="25.00", clada_gap="15.00", recovered="40.0", CUT="20.0", control="34.0", mine="-76.0")
+    assert table3[-1] == {"class": "mIoU"} | parts and list(table3[-1]) == ["class", *parts]
     assert all(f"Table {n}:" in printed for n in (1, 2, 3)) and "left out" not in printed
     assert "CLADA's adversary: +1.50 mIoU over the control" in printed
     assert {path.name for path in (out / "results").iterdir()} == {
@@ -121,12 +122,12 @@ def test_everything_is_written_by_one_process_at_a_time(out):
 
 
 def test_what_cannot_be_made_yet_is_named(out, call):
-    (out / "segmenters" / "clada" / "evaluation.json").unlink()
+    (out / "segmenters" / "oracle" / "evaluation.json").unlink()
     (out / "segmenters" / "clada" / "weights.pt").unlink()
     (out / "segmenters" / "source_only" / "args.json").unlink()
     (out / "translators" / "cut" / "summary.json").unlink()
     printed = call(out)
-    assert "Table 3 needs CLADA in table 2: left out" in printed
+    assert "Table 3 needs Oracle in table 2: left out" in printed
     assert f"Figure 3 needs {out}/segmenters/source_only/args.json: left out" in printed
     assert f"Figure 4 needs {out}/segmenters/clada/weights.pt: left out" in printed
     assert {path.name for path in (out / "results").iterdir()} == {".lock", "table1.csv", "table2.csv"}
@@ -200,14 +201,25 @@ def test_a_damaged_frame_that_is_excluded_is_not_drawn(out, call, tmp_path):
 
 
 def test_table3_is_the_recovered_part():
-    rows = report.table3(
-        row("20.00", car="30.00", train="", bus="50.00"),
-        row("30.00", car="70.00", train="", bus="60.00"),
-        row("45.00", car="60.00", train="", bus="40.00"),
-    )
-    cells = {r["class"]: r for r in rows}
+    scores = {
+        "Source Only": row(20.0, car=30.0, train=None, bus=50.0, road=10.004, sky=10.0),
+        "CUT": row(25.0, car=45.0, train=None, bus=50.0, road=10.254, sky=10.3),
+        "CLADA": row(30.0, car=70.0, train=None, bus=60.0, road=10.0, sky=10.4),
+        "Oracle": row(45.0, car=60.0, train=None, bus=40.0, road=10.504, sky=10.499),
+    }
+    cells = {r.pop("class"): r for r in report.table3(scores)}
     assert list(cells) == [*data.CLASS_NAMES, "mIoU"]
-    assert cells["mIoU"] == {"class": "mIoU", "source_gap": "25.00", "clada_gap": "15.00", "recovered": "40.0"}
+    assert cells["mIoU"] == {"source_gap": "25.00", "clada_gap": "15.00", "recovered": "40.0", "CUT": "20.0"}
     assert cells["car"]["recovered"] == "133.3"  # above the Oracle
-    assert cells["train"] == {"class": "train", "source_gap": "", "clada_gap": "", "recovered": ""}
+    assert set(cells["train"].values()) == {""}
     assert cells["bus"]["recovered"] == "" and cells["bus"]["source_gap"] == "-10.00"  # no gap to recover
+    assert cells["road"]["CUT"] == "50.0"  # of unrounded scores: rounded ones give 48.0
+    assert cells["sky"]["source_gap"] == "0.50" and cells["sky"]["CUT"] == ""  # below half a point
+    del scores["CLADA"]
+    assert report.table3(scores)[-1] == {
+        "class": "mIoU",
+        "source_gap": "25.00",
+        "clada_gap": "",
+        "recovered": "",
+        "CUT": "20.0",
+    }

@@ -192,6 +192,36 @@ def test_a_contrastive_step_is_equation_4(kind, lambda_y):
     assert_same_networks(translation, {"G": G, "D": D, "H": H})
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_flip_equivariance_is_park_et_als(seed):
+    """A coin per image mirrors G's input; queries are mirrored back; positives come from the image as it is."""
+    translation = tiny("cut", lambda_x=3.0, lambda_y=0.7, flip_equivariance=True)
+    plain_descent(translation)
+    G, D, H = (copy.deepcopy(network) for network in (translation.G, translation.D, translation.H))
+    x, y = torch.rand(2, 2, 3, 32, 36, dtype=torch.float64) * 2 - 1
+    torch.manual_seed(seed)
+    shown, _ = translation.step(x, y, torch.autocast("cpu", enabled=False))
+
+    torch.manual_seed(seed)
+    flips = [bool(coin < 0.5) for coin in torch.rand(2, 1, 1, 1)]
+
+    def flip(images):
+        return torch.stack([image.flip(2) if is_flipped else image for image, is_flipped in zip(images, flips)])
+
+    torch.testing.assert_close(shown, flip(G(flip(x))))
+    descended([D], (gan_loss(D(y), True) + gan_loss(D(G(flip(x)).detach()), False)) / 2)
+    loss = gan_loss(D(G(flip(x))), True)
+    for weight, real in ((3.0, x), (0.7, y)):
+        with torch.no_grad():
+            features = G.encode(real)
+            locations = models.sample_locations(features, 8)
+            positives = H(features, locations)
+        queries = H([flip(feature) for feature in G.encode(G(flip(real)))], locations)
+        loss = loss + weight * torch.stack([*map(patch_nce_loss, queries, positives)]).mean()
+    descended([G, H], loss)
+    assert_same_networks(translation, {"G": G, "D": D, "H": H})
+
+
 @pytest.mark.parametrize("identity", [0.0, 0.5])
 def test_a_cyclegan_step_is_zhu_et_als(identity):
     translation = tiny("cyclegan", identity_weight=identity, gan_loss="lsgan")

@@ -30,8 +30,8 @@ import matplotlib.pyplot as plt
 
 import files
 import runtime
-from evaluate import MEANS
-from report import MODELS, print_table, table2, table3
+from evaluate import MEANS, rounded
+from report import MODELS, print_table, recovered, table2
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (*MEANS, "recovered")
@@ -67,10 +67,9 @@ def read_seeds(out):
     for seed in sorted(filter(str.isdecimal, folders), key=int):
         table = table2(folders[seed])
         for model in (name for name in MODELS if name in table):
-            row = {"seed": seed, "model": model, **{mean: table[model][mean] for mean in MEANS}, "recovered": ""}
-            if "Source Only" in table and "Oracle" in table:
-                row["recovered"] = table3(table["Source Only"], table[model], table["Oracle"])[-1]["recovered"]
-            rows.append(row)
+            part = recovered(*(table.get(name, {}).get("mIoU") for name in ("Source Only", model, "Oracle")))
+            scores = {mean: rounded(table[model])[mean] for mean in MEANS}
+            rows.append({"seed": seed, "model": model, **scores, "recovered": "" if part is None else f"{part:.2f}"})
     return rows
 
 
