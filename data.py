@@ -76,8 +76,7 @@ def printable(text):
 
 def first_few(names):
     """Return the first three names and the number of the others, for a message."""
-    names = [*map(printable, names)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def list_frames(root, split="train", labelled=True, exclude=()):
@@ -285,11 +284,8 @@ def load_at_width(path, width, load=load_image, cache=None):
     if frame is not original:
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.part")
         try:
-            with open(temporary, "wb") as file:
-                pixels = frame.numpy() if frame.ndim == 2 else frame.permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
-                file.flush()
-                os.fsync(file.fileno())
+            pixels = frame.numpy() if frame.ndim == 2 else frame.permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
             os.replace(temporary, copy)
         except OSError:  # a full disk, for example: the cache is optional
             with contextlib.suppress(OSError):
@@ -373,7 +369,7 @@ def main():
     parser.add_argument("--split", default="train", help="Cityscapes split, or several joined by commas (default: train)")
     parser.add_argument("--unlabelled", action="store_true", help="use the images only")
     parser.add_argument("--exclude", metavar="FILE", help="text file with the names of frames to leave out, one per line")
-    parser.add_argument("--check-data", action="store_true", help="decode all files, list all problems, print class shares")
+    parser.add_argument("--check-data", action="store_true", help="decode all files; list problems, class shares, empty frames")
     args = parser.parse_args()
     folder, count = printable(args.folder), 0
     try:
@@ -385,8 +381,12 @@ def main():
             raise ValueError(f"{folder}: {count} problem{'s' if count > 1 else ''}")
         frames = list_frames(*data_set)
         check_frames(frames)
-        sizes = first_few(f"{w}x{h}" for w, h in sorted({frame.size for frame in frames}))
+        sizes = first_few([f"{w}x{h}" for w, h in sorted({frame.size for frame in frames})])
         print(f"{folder}: {len(frames)} {'' if args.unlabelled else 'labelled '}frames of {sizes}", flush=True)
+        if args.check_data:
+            varied = ThreadPoolExecutor().map(lambda f: np.ptp(load_image(f.image).numpy(), axis=(1, 2)).any(), frames)
+            if plain := [printable(frame.name) for frame, is_varied in zip(frames, varied) if not is_varied]:
+                print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n")
         if args.check_data and not args.unlabelled:
             counts = sum(ThreadPoolExecutor().map(lambda f: np.bincount(load_label(f.label).ravel(), minlength=256), frames))
             for name, pixels in zip([*CLASS_NAMES, "void"], [*counts[: len(CLASS_NAMES)], counts[VOID]]):

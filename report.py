@@ -29,6 +29,7 @@ MODELS = {
     "CLADA": "clada",
     "Oracle": "oracle",
 }
+SOURCES = {"Source": "source", "Source, resized": "source_resized"}  # frames at their own size, and at the translations' width
 COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
 LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
@@ -46,7 +47,7 @@ def table1(out):
     Raises ValueError naming a file whose entries are not numbers.
     """
     distances = {}
-    for model, name in {"Source": "source", **MODELS}.items():
+    for model, name in {**SOURCES, **MODELS}.items():
         path = out / "distances" / f"{name}.json"
         if path.is_file():
             distances[model] = read_numbers(path)
@@ -54,7 +55,7 @@ def table1(out):
     formats = dict.fromkeys(kinds, ".6g") | COST
     rows = []
     for model, distance in distances.items():
-        path = out / "translators" / MODELS.get(model, "source") / "summary.json"  # the source itself has none
+        path = out / "translators" / MODELS.get(model, "source") / "summary.json"  # the source has none
         numbers = distance | (read_numbers(path, *COST) if path.is_file() else {})
         cells = {column: format(numbers[column], spec) if column in numbers else "" for column, spec in formats.items()}
         rows.append({"model": model} | cells)
@@ -133,6 +134,7 @@ def write_tables(out):
     if rows := table1(out):
         files.write_csv(results / "table1.csv", rows)
         print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
+        print("Source: frames at their own size. Resized: at the translations' width, with which translations compare.")
     else:
         print(f"Table 1 needs {out / INPUTS[0]}: left out")
     if not scores:

@@ -13,6 +13,7 @@
 #   SEED               (0)
 #   ITERATIONS_SCALE   factor on every iteration count, for a trial run (with an OUT of its own) (1)
 #   NPROC              processes per stage, by torchrun, one per GPU; batch sizes are per process (1)
+#   TARGET_SPLITS      Cityscapes splits whose photographs stages 1 and 4 and FID use, e.g. train,train_extra (train)
 #   CACHE              folder for resized frames, which decode faster (paper: OUT/frames, 1 MiB per frame; empty: none)
 #   EXCLUDE            file with names of frames to leave out, one per line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; paper: published)
@@ -67,6 +68,7 @@ set_up "$HERE/requirements.txt"
 # Settings
 
 METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1} NPROC=${NPROC:-1}
+TARGET_SPLITS=${TARGET_SPLITS:-train}
 case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
 [[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed"
 for method in $METHODS; do
@@ -143,27 +145,34 @@ trap 'stop 129' HUP
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:--1}
 
 name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; esac; }
-photos_of() { if [ -d "$1/images" ]; then echo "$1/images"; else echo "$1/leftImg8bit/train"; fi; }
+photos_of() { # DATA_SET SPLITS: the folder of its images; of several splits, a folder of links to theirs
+    if [ -d "$1/images" ]; then echo "$1/images"; return; fi
+    case $2 in *,*) ;; *) echo "$1/leftImg8bit/$2"; return ;; esac
+    local links=$OUT/photos/$2
+    mkdir -p "$links"
+    for split in ${2//,/ }; do ln -sfn "$1/leftImg8bit/$split" "$links/$split"; done
+    echo "$links"
+}
 
 train_translator() { # METHOD [ARG...]
-    run_on_all train_translator.py --source "$SOURCE" --target "$TARGET" --out "$OUT/translators/$1" --method "$1" \
-        --iterations "$(scaled $translate)" "${common[@]}" "${translator[@]}" "${@:2}"
+    run_on_all train_translator.py --source "$SOURCE" --target "$TARGET" --target-splits "$TARGET_SPLITS" \
+        --out "$OUT/translators/$1" --method "$1" --iterations "$(scaled $translate)" "${common[@]}" "${translator[@]}" "${@:2}"
 }
 train_segmenter() { # NAME DATA ITERATIONS [ARG...]
     run_on_all train_segmenter.py --data "$2" --out "$OUT/segmenters/$1" --iterations "$(scaled "$3")" \
         "${common[@]}" "${segmenter[@]}" "${@:4}"
 }
 adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
-    run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --segmenter "$OUT/segmenters/$start" \
-        --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
+    run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --target-splits "$TARGET_SPLITS" \
+        --segmenter "$OUT/segmenters/$start" --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
 }
 evaluate() { # MODEL NAME
     run_on_all evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
         --skip-done "${readers[@]}" "${exclude[@]}"
 }
-distance() { # NAME FOLDER
-    run fid.py "$2" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" \
-        --out "$OUT/distances/$1.json" "${readers[@]}" "${exclude[@]}"
+distance() { # NAME FOLDER [ARG...]
+    run fid.py "$2" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --cache "$OUT/statistics" \
+        --out "$OUT/distances/$1.json" "${readers[@]}" "${exclude[@]}" "${@:3}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,14 +197,11 @@ else
     train_segmenter source_only "$SOURCE" $segment --check
     train_segmenter oracle "$TARGET" $segment --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
-    run fid.py "$(photos_of "$SOURCE")" "$(photos_of "$TARGET")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
+    run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
     # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
     count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
-    frames=$(count "$(photos_of "$SOURCE")") kept=0 free=$(df --output=avail -m "$OUT" | tail -n 1)
-    if [ -n "${CACHE:-}" ]; then
-        kept=$((frames + $(count "$(photos_of "$TARGET")")))
-        [[ "${TRANSLATOR_ARGS:-}" != *train_extra* ]] || kept=$((kept + $(count "$TARGET/leftImg8bit/train_extra")))
-    fi
+    frames=$(count "$(photos_of "$SOURCE" train)") kept=0 free=$(df --output=avail -m "$OUT" | tail -n 1)
+    [ -z "${CACHE:-}" ] || kept=$((frames + $(count "$(photos_of "$TARGET" "$TARGET_SPLITS")")))
     needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + kept + 2048))
     held=$({ du -sm "$OUT" 2>/dev/null || true; } | cut -f 1) # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
@@ -208,7 +214,7 @@ title "Stage 3: Oracle, the upper bound"
 train_segmenter oracle "$TARGET" $segment
 evaluate Oracle oracle
 title "Distance of source and target"
-distance source "$(photos_of "$SOURCE")"
+distance source "$(photos_of "$SOURCE" train)"
 
 for method in $METHODS; do
     model=$(name_of "$method")
@@ -222,6 +228,12 @@ for method in $METHODS; do
     train_segmenter "$method" "$OUT/translated/$method" $segment
     evaluate "$model" "$method"
 done
+
+if [ -n "$METHODS" ]; then
+    title "Distance of source and target, the source at the translations' width"
+    width=$(sed -n 's/.*"width": \([0-9]*\).*/\1/p' "$OUT/translated/$method/args.json")
+    distance source_resized "$(photos_of "$SOURCE" train)" --width "$width"
+fi
 
 if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
     if [ $start != fastcut_l5 ]; then

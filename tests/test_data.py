@@ -233,7 +233,7 @@ def test_a_cache_notices_changed_originals_and_damaged_copies(tmp_path):
 def test_a_cache_that_cannot_be_written_is_ignored(tmp_path, monkeypatch):
     path, kept = write_gta5(tmp_path / "a", [(40, 60)]) / "images" / "00000.png", tmp_path / "kept"
     kept.mkdir()
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert torch.equal(data.load_at_width(path, 30, cache=kept), data.load_at_width(path, 30))
     assert not list(kept.iterdir())
 
@@ -529,6 +529,17 @@ def test_one_list_of_names_serves_both_layouts(tmp_path, line):
     for root in (city, tmp_path / "b"):
         frames = data.list_frames(root, labelled=False, exclude=exclude)
         assert len(frames) == 2 and list(frames.left_out.values()) == ["excluded"]
+
+
+def test_frames_of_a_single_colour_are_listed_in_the_form_that_exclude_takes(tmp_path, monkeypatch, capsys):
+    """As some frames of GTA5, and Cityscapes' troisdorf_000000_000073, are."""
+    root = write_gta5(tmp_path / "set", [(20, 30), (24, 40), (20, 30)])
+    Image.new("RGB", (30, 20), (0, 0, 9)).save(root / "images" / "00002.png")
+    status, out, err = command(monkeypatch, capsys, root, "--check-data", "--unlabelled")
+    assert (status, err) == (0, "") and out.splitlines()[2:] == ["00002"]
+    (tmp_path / "list").write_text(out.split("\n", 1)[1])
+    frames = data.list_frames(root, exclude=data.read_names(tmp_path / "list"))
+    assert [frame.name for frame in frames] == ["00000", "00001"]
 
 
 def test_the_command_describes_a_sound_data_set(tmp_path, monkeypatch, capsys, caplog):

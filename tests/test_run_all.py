@@ -15,6 +15,7 @@ from commands import MEASURED, ROOT, assert_same_outputs, run, script, table
 from PIL import Image
 
 import data
+import fid
 import models
 
 pytestmark = pytest.mark.xdist_group("run_all")  # one process makes the fixture below, once
@@ -31,6 +32,7 @@ def settings(pair, out, workers):
         "PYTHON": str(served.python()),
         "METHODS": "cyclegan fastcut_l5",
         "FID_WEIGHTS": "random",
+        "TARGET_SPLITS": "train,val",
         "ITERATIONS_SCALE": "0.000005",
         "TRANSLATOR_ARGS": f"--base-channels 4 --crop-size 64 {small}",
         "SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none --batch-size 2 --crop-size 64x128 {small}",
@@ -55,10 +57,11 @@ def everything(pair, watched):
 def test_run_all_writes_every_table(everything):
     out, printed = everything
     table1, table2, table3 = (table(out / "results" / f"table{n}.csv") for n in (1, 2, 3))
-    assert [row["model"] for row in table1] == ["Source", "CycleGAN", "FastCUT-L5"]
+    assert [row["model"] for row in table1] == ["Source", "Source, resized", "CycleGAN", "FastCUT-L5"]
+    assert table1[0]["frechet_random_inception"] != table1[1]["frechet_random_inception"]  # 144 and 128 pixels wide
     assert list(table1[0]) == ["model", "frechet_random_inception", *MEASURED]
     assert all(float(row["frechet_random_inception"]) >= 0 for row in table1)
-    assert table1[0]["seconds_per_iteration"] == "" and float(table1[1]["seconds_per_iteration"]) > 0
+    assert table1[0]["seconds_per_iteration"] == "" and float(table1[2]["seconds_per_iteration"]) > 0
     models = ["Source Only", "CycleGAN", "FastCUT-L5", "control", "CLADA", "Oracle"]
     assert [row["model"] for row in table2] == models
     assert list(table2[0]) == ["model", "mIoU", "fwIoU", "pixel_accuracy", *data.CLASS_NAMES]
@@ -69,6 +72,13 @@ def test_run_all_writes_every_table(everything):
     assert [row["class"] for row in table3] == [*data.CLASS_NAMES, "mIoU"]
     for n in (1, 2, 3):
         assert f"Table {n}:" in printed
+
+
+def test_target_splits_reach_the_translators_stage_4_and_fid(everything):
+    out, _ = everything
+    for run_ in ("translators/cyclegan", "translators/fastcut_l5", "segmenters/clada", "segmenters/control"):
+        assert json.loads((out / run_ / "args.json").read_text())["frames_of_target"].startswith("5 frames")
+    assert len(fid.find_images(out / "photos" / "train,val")) == 5
 
 
 def test_run_all_draws_both_figures(everything):
