@@ -42,7 +42,8 @@ def discriminator_loss(real_logits, fake_logits, kind="lsgan"):
 
 
 def patch_nce_loss(query, positive, temperature=0.07):
-    """Equations 2 and 3 for one layer: PatchNCE of Park et al. 2020. The scan of the paper lacks them; this is their form.
+    """Equations 2 and 3 for one layer: PatchNCE of Park et al. 2020. The scan of the paper lacks them; this is their
+    released code's form.
 
     query, positive: (B, S, C) unit vectors at the same S locations of the translated image and of the input. The loss of
     query q_s is its cross entropy over the S vectors of its own image (equation 2):

@@ -3,9 +3,9 @@
     python train_translator.py --source gta5 --target cityscapes --out runs/fastcut_l5 --method fastcut_l5
 
 Methods: `cut`, `fastcut` and `fastcut_l5` (PatchNCE, equation 4; Park et al. 2020) and the baseline `cyclegan` (Zhu et al.
-2017). The defaults are the paper's: width 1024, crops of 400x400, batch 1, 400k iterations of Adam, whose learning rate is
-constant for the first half and then falls linearly to 0. Its base of 2e-4 is Zhu et al.'s: the digit is unreadable in the
-scanned paper. The same command resumes an unfinished run.
+2017). The defaults are the paper's: width 1024, crops of 400x400, batch 1, 400k iterations, and a learning rate that is
+constant for the first half and then falls linearly to 0. Its base of 2e-4, unreadable in the scanned paper, and Adam, which
+the paper does not name, are Zhu et al.'s. The same command resumes an unfinished run.
 """
 
 import torch
@@ -18,7 +18,7 @@ import training
 from losses import discriminator_loss, gan_loss, l1_loss, patch_nce_loss
 from optimization import GraphedStep, adam, backward_and_step, constant_then_linear, set_learning_rate, translator_layout
 
-# Variants of equation 4: lambda_X, lambda_Y (the identity term), patches per layer. Park et al. 2020; the paper for L5.
+# Variants of equation 4: lambda_X, lambda_Y (the identity term), patches per layer (the paper; released FastCUT has 256).
 VARIANTS = {"cut": (1.0, 1.0, 256), "fastcut": (10.0, 0.0, 16), "fastcut_l5": (5.0, 0.0, 16)}
 LAMBDA_CYCLE = 10.0  # Zhu et al. 2017
 POOL_SIZE = 50  # Zhu et al. 2017
@@ -38,7 +38,7 @@ def parse_args(words=None):
     add("--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)")
     add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
     add("--flip-equivariance", action="store_true", help="mirror half of G's inputs and their queries, as released FastCUT")
-    add("--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs 5)")
+    add("--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs: 5)")
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)
     if min(args.crop_size) < 24:

@@ -3,7 +3,8 @@
     python translate_dataset.py --source gta5 --translator runs/fastcut_l5 --out translated/fastcut_l5
 
 Writes OUT/images/NAME.png and OUT/labels/NAME.png (Cityscapes label ids), GTA5's layout, at the width that the translator was
-trained for, with the height in proportion; labels are resized by nearest-exact. The same command resumes an interrupted run.
+trained for, with the height in proportion; labels are resized by nearest-exact (ours). The same command resumes an
+interrupted run.
 """
 
 import collections
