@@ -7,7 +7,8 @@ Self-contained: depends only on numpy, pillow, torch and torchvision. As a scrip
 Two layouts, recognised by their folders (Richter et al. 2016; Cordts et al. 2016):
     GTA5        DIR/images/NAME.{png,jpg}  DIR/labels/NAME.png
     Cityscapes  DIR/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png  DIR/gtFine/SPLIT/CITY/*_gtFine_labelIds.png
-Label files hold Cityscapes label ids (0 to 33). Training and evaluation use train ids (0 to 18) and VOID (255).
+Where labels are not read, any other folder with PNG or JPEG files in it or below will do. Label files hold Cityscapes
+label ids (0 to 33). Training and evaluation use train ids (0 to 18) and VOID (255).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import os
 import re
 import signal
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +38,11 @@ TRAIN_IDS[[c.id for c in CLASSES]] = [c.train_id for c in CLASSES]
 ID_COLOURS = np.zeros((256, 3), dtype=np.uint8)  # label id -> Cityscapes colour, black where there is none
 ID_COLOURS[[c.id for c in Cityscapes.classes if c.id >= 0]] = [c.color for c in Cityscapes.classes if c.id >= 0]
 PALETTE = ID_COLOURS[[c.id for c in CLASSES]]  # (19, 3): train id -> colour
-LAYOUTS = (("images", ""), ("labels", "")), (("leftImg8bit", "_leftImg8bit"), ("gtFine", "_gtFine_labelIds"))
+LAYOUTS = {  # folder and ending of images, and of labels
+    "GTA5": (("images", ""), ("labels", "")),
+    "Cityscapes": (("leftImg8bit", "_leftImg8bit"), ("gtFine", "_gtFine_labelIds")),
+    "plain": (("", ""), None),
+}
 log = logging.getLogger("data")
 # The paths of an image and of its label map or None, a name unique within the data set, and (width, height) in pixels.
 Frame = namedtuple("Frame", "name image label size")
@@ -82,7 +87,8 @@ def first_few(names):
 def list_frames(root, split="train", labelled=True, exclude=()):
     """Find the frames of a data set and check the headers of their files -> FrameList.
 
-    split: a Cityscapes split, or several joined by commas ("train,train_extra"). labelled: if False, labels are not read.
+    split: a Cityscapes split, or several joined by commas ("train,train_extra"). labelled: if False, labels are not read, and
+    frames of a folder in neither layout are named by their relative path, such as "trainA/0001".
     exclude: names of frames to leave out (read_names). Pairs in GTA5's layout whose image and label differ in size are left
     out too (about sixty in GTA5, 20801 to 20860). Logs how many are left out. Raises ValueError for any other problem.
     """
@@ -97,6 +103,24 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     for reason in dict.fromkeys(frames.left_out.values()):
         names = [name for name, why in frames.left_out.items() if why == reason]
         log.warning("%s: %d %s: %s", printable(root), len(names), reason, first_few(names))
+    return frames
+
+
+def list_images(paths, split="val", exclude=()):
+    """Find the images of folders, as list_frames does without labels, and single image files -> FrameList."""
+    frames = FrameList()
+    for path in map(Path, paths):
+        if path.is_dir():
+            listed = list_frames(path, split, labelled=False, exclude=exclude)
+            frames.left_out |= listed.left_out
+        else:
+            frame, _, problems = _examine(Frame(path.stem, path, None, None), decode=False)
+            if problems:
+                raise ValueError(problems[0])
+            listed = [frame]
+        frames += listed
+    if repeated := [name for name, count in Counter(frame.name for frame in frames).items() if count > 1]:
+        raise ValueError(f"images must have different names: {first_few(repeated)}")
     return frames
 
 
@@ -125,15 +149,15 @@ def check_frames(frames, width=None, crop=None):
 
 def _problems(frames, root, split, labelled, exclude, decode=False):
     """Yield one line per problem and add the usable frames to `frames`. Reads headers, and all pixels if `decode`."""
-    is_gta5 = (root / "images").is_dir()
-    if not is_gta5 and not (root / "leftImg8bit").is_dir():
-        missing = "images/ (GTA5) or leftImg8bit/ (Cityscapes) in it" if root.is_dir() else "such folder"
+    found = [name for name, ((folder, _), _) in LAYOUTS.items() if (root / folder).is_dir()]  # a plain folder always is one
+    if not found or (labelled and found == ["plain"]):
+        missing = "images/ (GTA5) or leftImg8bit/ (Cityscapes) in it" if found else "such folder"
         raise ValueError(f"{printable(root)}: no {missing}")
-    (folder, ending), (label_folder, label_ending) = LAYOUTS[0 if is_gta5 else 1]
-    excluded, pairs = {*map(_bare_name, exclude)}, []
-    for part in [""] if is_gta5 else dict.fromkeys(split.split(",")):
-        images = _by_name(root / folder / part, ending, (".png", ".jpg", ".jpeg"))
-        labels = _by_name(root / label_folder / part, label_ending, (".png",)) if labelled else {}
+    layout, excluded, pairs = found[0], {*map(_bare_name, exclude)}, []
+    for part in dict.fromkeys(split.split(",")) if layout == "Cityscapes" else [""]:
+        of_images, of_labels = LAYOUTS[layout]
+        images = _by_name(root, *of_images, part, layout, (".png", ".jpg", ".jpeg"))
+        labels = _by_name(root, *of_labels, part, layout, (".png",)) if labelled else {}
         for name in dict.fromkeys([*images, *labels]):
             image, label = images.get(name, []), labels.get(name, [])
             if _bare_name(name) in excluded:
@@ -146,7 +170,7 @@ def _problems(frames, root, split, labelled, exclude, decode=False):
                 pairs.append(Frame(name, image[0], label[0] if labelled else None, None))
     with ThreadPoolExecutor(os.cpu_count() if decode else 16) as pool:  # decoding needs a core; reading headers mostly waits
         for frame, differs, problems in pool.map(lambda frame: _examine(frame, decode), pairs):
-            if differs and is_gta5:
+            if differs and layout == "GTA5":
                 frames.left_out[frame.name] = "left out, because image and label differ in size"
             elif differs or problems:
                 yield from problems + differs * [f"{printable(frame.label)}: differs from its image in size"]
@@ -154,15 +178,17 @@ def _problems(frames, root, split, labelled, exclude, decode=False):
                 frames.append(frame)
 
 
-def _by_name(folder, ending, suffixes):
-    """Return {name: [paths]} of the files NAME + ending + suffix in a folder or, if there is an ending, in its subfolders."""
+def _by_name(root, folder, ending, part, layout, suffixes):
+    """Return {name: [paths]} of the files NAME + ending + suffix in the folders of a layout; plain: in all below, by path."""
+    folder = root / folder / part
     if not folder.is_dir():
-        raise ValueError(f"{printable(folder)}: no such {'split' if ending else 'folder'}")
-    found = {}
-    for city in sorted(path for path in folder.iterdir() if path.is_dir()) if ending else [folder]:
-        for path in sorted(city.iterdir()):
-            if path.stem.endswith(ending) and path.suffix.lower() in suffixes and not path.name.startswith("."):
-                found.setdefault(path.stem.removesuffix(ending), []).append(path)
+        raise ValueError(f"{printable(folder)}: no such {'split' if part else 'folder'}")
+    below = {"GTA5": (), "Cityscapes": folder.iterdir(), "plain": folder.rglob("*")}[layout]
+    parents, found = sorted(path for path in below if path.is_dir()), {}
+    for path in (path for parent in [folder, *parents] for path in sorted(parent.iterdir())):
+        name = path.relative_to(folder).with_suffix("").as_posix() if layout == "plain" else path.stem
+        if name.endswith(ending) and path.suffix.lower() in suffixes and "/." not in f"/{name}":
+            found.setdefault(name.removesuffix(ending), []).append(path)
     return found
 
 
@@ -171,7 +197,7 @@ def _examine(frame, decode):
     problems, sizes = [], {}
     for path, load in ((frame.image, load_image), (frame.label, load_label_ids))[: 2 if frame.label else 1]:
         try:
-            sizes[load] = tuple(load(path).shape[:-3:-1]) if decode else image_size(path, load is load_label_ids)
+            sizes[load] = tuple(load(path).shape[:-3:-1]) if decode else _read(path, load is load_label_ids, True)[0]
             if load is load_image:  # at least 16x16
                 check_frames([Frame(frame.name, path, None, sizes[load])])
         except ValueError as error:
@@ -193,7 +219,7 @@ def _bare_name(name):
 
 
 def _read(path, is_label=False, header_only=False):
-    """Read a PNG or, unless it is a label, JPEG -> (size, pixels, palette), of which the header gives only the first."""
+    """Read a PNG or, unless it is a label, JPEG -> ((width, height), pixels, palette), of which the header gives the first."""
     pixels = palette = orientation = None
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would block
@@ -218,11 +244,6 @@ def _read(path, is_label=False, header_only=False):
         reason = f"damaged image or unsupported format ({printable(error) if any(error.args) else type(error).__name__})"
         raise ValueError(f"{printable(path)}: {getattr(error, 'strerror', None) or reason}") from error
     return size, pixels, palette
-
-
-def image_size(path, is_label=False):
-    """Return (width, height) from the header, rotated as EXIF says. Raises ValueError as load_image or load_label_ids."""
-    return _read(path, is_label, header_only=True)[0]
 
 
 def load_image(path):
@@ -330,7 +351,7 @@ def _mix(*numbers):  # one seed, so that consecutive k give unrelated samples
 
 
 class Frames(torch.utils.data.Dataset):
-    """Whole labelled frames in order: (3, h, w) uint8 at `width`, and (H, W) uint8 train ids at the label's own size."""
+    """Whole frames in order: (3, h, w) uint8 at `width`, and if labelled (H, W) uint8 train ids at the label's own size."""
 
     def __init__(self, frames, width):
         self.frames, self.width = frames, width
@@ -342,8 +363,9 @@ class Frames(torch.utils.data.Dataset):
         return self.frames[i]
 
     def __getitem__(self, i):
-        image, label = load_image(self.frames[i].image), load_label(self.frames[i].label)
-        return resize_to_width(image, self.width).as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+        frame = self.frames[i]
+        sample = [resize_to_width(load_image(frame.image), self.width), *([load_label(frame.label)] if frame.label else [])]
+        return [part.as_subclass(torch.Tensor) for part in sample]
 
 
 def to_signed(images):

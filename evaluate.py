@@ -2,7 +2,7 @@
 
     python evaluate.py --segmenter runs/clada --data cityscapes --split val --name CLADA
     python evaluate.py --segmenter runs/clada --data other_photos --out scores.csv        # add a row to a table of your own
-    python evaluate.py --segmenter runs/clada --data cityscapes --save-predictions DIR    # also write label ids as PNG
+    python evaluate.py --segmenter runs/clada --data cityscapes --save-predictions DIR    # also write what predict.py writes
     torchrun --standalone --nproc-per-node 4 evaluate.py ...                              # on four GPUs
 
 The scores are mIoU, frequency-weighted IoU, pixel accuracy and the IoU of each class, in percent, at the resolution of the
@@ -11,6 +11,7 @@ that is absent from the ground truth has an empty cell and is left out of the me
 it is predicted anywhere; otherwise the two agree. To use the metrics elsewhere, import confusion_matrix and scores.
 """
 
+import io
 import logging
 
 import numpy as np
@@ -28,6 +29,7 @@ import runtime
 log = logging.getLogger("evaluate")
 MEANS = ("mIoU", "fwIoU", "pixel_accuracy")
 COLUMNS = ("model", *MEANS, *data.CLASS_NAMES)  # of table 2
+LABEL_IDS = np.array([c.id for c in data.CLASSES], dtype=np.uint8)  # train id -> label id
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,8 +91,25 @@ def predict(segmenter, image, size, autocast):
     return logits[0].argmax(0)
 
 
+def save_prediction(out, frame, prediction, overlay=False):
+    """Write (H, W) train ids to OUT/NAME.png, a palette PNG of Cityscapes label ids in Cityscapes' colours.
+
+    overlay: also write NAME_overlay.jpg, these colours over the photograph.
+    """
+    path = out / f"{frame.name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if overlay:
+        photo, buffer = data.load_image(frame.image), io.BytesIO()
+        mixed = (photo.float() + data.colourise(prediction)) / 2
+        Image.fromarray(mixed.round().byte().permute(1, 2, 0).numpy()).save(buffer, format="JPEG", quality=90)
+        files.write_whole(path.with_name(f"{path.stem}_overlay.jpg"), buffer.getbuffer())
+    ids = Image.fromarray(LABEL_IDS[prediction.numpy()])
+    ids.putpalette(data.ID_COLOURS.tobytes())
+    files.write_whole(path, files.png_bytes(ids))  # last: its file marks the frame as finished
+
+
 def evaluate(args, frames, device, precision):
-    """Predict labelled frames -> their confusion matrix; --save-predictions also writes each prediction as PNG.
+    """Predict labelled frames -> their confusion matrix; --save-predictions also writes the predictions.
 
     Under torchrun each process predicts every n-th frame and returns the matrix summed over all of them.
     """
@@ -100,7 +119,6 @@ def evaluate(args, frames, device, precision):
     autocast = runtime.autocast(device, precision)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = frames[runtime.rank() :: runtime.processes()]
-    label_ids = np.array([c.id for c in data.CLASSES], dtype=np.uint8)
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     indices = [[i] for i in range(len(frames))]  # batches of one, since frames differ in size
     batches = loading.batches(data.Frames(frames, segmenter.width), indices, args.workers, device, collate=list)
@@ -108,9 +126,8 @@ def evaluate(args, frames, device, precision):
     for frame, [(image, label)] in zip(frames, bar, strict=True):
         prediction = predict(segmenter, image, label.shape, autocast)
         total += confusion_matrix(prediction, label).cpu()
-        if args.save_predictions:  # label ids, under the names that the Cityscapes server expects
-            ids = Image.fromarray(label_ids[prediction.cpu().numpy()])
-            files.write_whole(args.save_predictions / f"{frame.name}_pred_labelIds.png", files.png_bytes(ids))
+        if args.save_predictions:
+            save_prediction(args.save_predictions, frame, prediction.cpu())
     return runtime.all_reduce_sum_(total)
 
 
@@ -159,7 +176,6 @@ def parse_args():
     add("--segmenter", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
     add("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
     add("--split", default="val", help="split of a Cityscapes layout (default val)")
-    add("--exclude", type=runtime.real_path, metavar="FILE", help="names of frames to leave out, one per line")
     add("--name", metavar="MODEL", help="model name in the row (default: the name of RUN)")
     add("--out", type=runtime.path, metavar="FILE.csv", help="add the row to this table, instead of RUN/evaluation.json")
     add(
@@ -169,14 +185,9 @@ def parse_args():
         "--save-predictions",
         type=runtime.path,
         metavar="DIR",
-        help="write predictions as label ids, as the Cityscapes server expects",
+        help="also write predictions, as predict.py does",
     )
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="fp32",
-        help="fp32 (default): float32 throughout, so that scores agree between machines; bf16: autocast",
-    )
+    runtime.add_compute_arguments(parser, precision="fp32")  # so that scores agree between machines
     runtime.add_device_arguments(parser)
     args = parser.parse_args()
     if args.skip_done and (args.out or args.save_predictions):
@@ -193,7 +204,7 @@ def main():
             files.check_out(path, args.data, flag=flag)
     if args.out:
         read_table(args.out)  # before the work, not after it
-    device = runtime.pick_device(args.device)
+    device = runtime.pick_device(args.device, deterministic=args.deterministic)
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
     settings = {
         "frames": frames.fingerprint(),

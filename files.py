@@ -4,6 +4,7 @@ Every script writes with `write_whole`: after a kill, a full disk or a lost conn
 A folder is locked while it is filled (`lock`); the process that holds the lock may remove what killed writers left.
 """
 
+import collections
 import contextlib
 import csv
 import errno
@@ -16,6 +17,7 @@ import logging
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 log = logging.getLogger("files")
@@ -83,7 +85,7 @@ def digest(path):
 
 def clear_parts(folder):
     """Remove what killed writers left. Call it only where no other process can be writing."""
-    for leftover in Path(folder).glob(f".*{PART}"):
+    for leftover in Path(folder).rglob(f".*{PART}"):
         leftover.unlink(missing_ok=True)
 
 
@@ -115,6 +117,25 @@ def lock(folder, wait=False):
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
+
+
+@contextlib.contextmanager
+def writers(threads):
+    """Yield submit(function, *args), which calls the function in one of `threads` threads, e.g. to encode and write a PNG.
+
+    At most four calls per thread wait, which bounds memory. An error in a call is raised by a later submit, or at the end.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        pending = collections.deque()
+
+        def submit(function, *args):
+            pending.append(pool.submit(function, *args))
+            while len(pending) > 4 * threads:
+                pending.popleft().result()
+
+        yield submit
+        for call in pending:
+            call.result()
 
 
 def png_bytes(image, **options):

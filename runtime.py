@@ -213,13 +213,13 @@ def default_workers():
     return max(1, min(16, len(os.sched_getaffinity(0)) // torchrun("LOCAL_WORLD_SIZE", 1)))
 
 
-def add_compute_arguments(parser):
-    """The arguments that training and stage 2 share."""
+def add_compute_arguments(parser, precision="auto"):
+    """The arguments that all scripts which run a network on frames share. precision: the default."""
     add = parser.add_argument
     add("--exclude", type=real_path, metavar="FILE", help="names of frames to leave out, one per line")
     add("--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed")
-    precision = "bf16: autocast; fp32: float32, on CUDA with TF32 in convolutions; auto (default): bf16 where it is fast"
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    text = "bf16: autocast; fp32: float32, for translators and training on CUDA with TF32; auto: bf16 where it is fast"
+    add("--precision", choices=("auto", "fp32", "bf16"), default=precision, help=f"{text} (default {precision})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,15 @@
 """Stage 2 of CLADA: translate a labelled data set with a trained translator; the labels carry over.
 
     python translate_dataset.py --source gta5 --translator runs/fastcut_l5 --out translated/fastcut_l5
+    python translate_dataset.py --unlabelled --source frames a.png b.jpg --translator runs/fastcut_l5 --out translated
 
 Writes OUT/images/NAME.png and OUT/labels/NAME.png (Cityscapes label ids), GTA5's layout, at the width that the translator was
 trained for, with the height in proportion; labels are resized by nearest-exact (ours). The same command resumes an
 interrupted run.
 """
 
-import collections
 import itertools
 import logging
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from PIL import Image
@@ -31,18 +29,23 @@ WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU tran
 def parse_args():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--source", type=runtime.real_path, required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
+    source = "labelled data set, GTA5 or Cityscapes layout; with --unlabelled, folders and files of images"
+    add("--source", type=runtime.real_path, required=True, nargs="+", metavar="DIR", help=source)
     add("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
+    add("--unlabelled", action="store_true", help="translate images only, into OUT/images; subfolders are kept")
     add("--translator", type=runtime.run_path, required=True, metavar="RUN", help="finished run of train_translator.py")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
     runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.unlabelled and len(args.source) > 1:
+        parser.error("--source: one data set; several folders or files only with --unlabelled")
+    return args
 
 
 class ResizedPairs(Dataset):
-    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8), both resized to `width`."""
+    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`."""
 
     def __init__(self, frames, width):
         self.frames, self.width = frames, width
@@ -56,6 +59,8 @@ class ResizedPairs(Dataset):
     def __getitem__(self, i):
         frame = self.frames[i]
         image = data.resize_to_width(data.load_image(frame.image), self.width)
+        if frame.label is None:
+            return frame.name, image.as_subclass(torch.Tensor), None
         ids = data.resize_to_width(data.load_label_ids(frame.label), self.width)
         return frame.name, image.as_subclass(torch.Tensor), ids.as_subclass(torch.Tensor)
 
@@ -78,7 +83,7 @@ def open_out(args, settings, frames):
     if args.precision == "auto":
         settings["precision"] = saved.get("precision", settings["precision"])
     changed = [key for key in settings if key in saved and saved[key] != settings[key]]
-    if changed == ["content_of_source"] and not finished_names(args.out).issuperset(frame.name for frame in frames):
+    if changed == ["content_of_source"] and not finished_names(args).issuperset(frame.name for frame in frames):
         # A damaged file may have been repaired.
         log.warning("%s: files of --source have changed since the translation was started", args.out)
     elif changed:
@@ -88,17 +93,23 @@ def open_out(args, settings, frames):
         )
     runtime.barrier()  # all processes have compared
     if runtime.is_first():
-        for folder in (args.out, args.out / "images", args.out / "labels"):
-            folder.mkdir(exist_ok=True)
-            files.clear_parts(folder)
+        for part in parts(args):
+            (args.out / part).mkdir(exist_ok=True)
+        files.clear_parts(args.out)
         files.write_json(path, settings)
         if frames.left_out:
             files.write_left_out(args.out, frames.left_out)
     runtime.barrier()
 
 
-def finished_names(out):
-    return set.intersection(*({path.stem for path in (out / part).glob("[!.]*.png")} for part in ("images", "labels")))
+def parts(args):
+    return ("images",) if args.unlabelled else ("images", "labels")
+
+
+def finished_names(args):
+    folders = [args.out / part for part in parts(args)]
+    names = ({path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")} for folder in folders)
+    return set.intersection(*names)
 
 
 def translate_batches(generator, batches, width, args, device, autocast):
@@ -108,34 +119,36 @@ def translate_batches(generator, batches, width, args, device, autocast):
     indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
 
     def write(name, fake, label):
-        label = Image.fromarray(label.numpy())
-        label.putpalette(data.ID_COLOURS.tobytes())
         # Level 1 is much faster than the default, and the files are little larger.
-        files.write_whole(args.out / "labels" / f"{name}.png", files.png_bytes(label, compress_level=1))
-        image = Image.fromarray(fake.numpy())  # last: its file marks the pair as finished
-        files.write_whole(args.out / "images" / f"{name}.png", files.png_bytes(image, compress_level=1))
+        if label is not None:
+            label = Image.fromarray(label.numpy())
+            label.putpalette(data.ID_COLOURS.tobytes())
+            files.write_whole(args.out / "labels" / f"{name}.png", files.png_bytes(label, compress_level=1))
+        path = args.out / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, files.png_bytes(Image.fromarray(fake.numpy()), compress_level=1))
 
     with (
         tqdm(total=len(frames), desc=str(args.out), disable=not runtime.is_first()) as bar,
-        ThreadPoolExecutor(WRITERS) as pool,
+        files.writers(WRITERS) as submit,
     ):
-        writes = collections.deque()
         for batch in loading.batches(ResizedPairs(frames, width), indices, args.workers, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 fakes = translate(generator, torch.stack(images).to(device), autocast).permute(0, 2, 3, 1).cpu()
-                writes.extend(map(partial(pool.submit, write), names, fakes, labels))
-            while len(writes) > 4 * WRITERS:  # bounds memory, and reports a failed write soon
-                writes.popleft().result()
+                for pair in zip(names, fakes, labels, strict=True):
+                    submit(write, *pair)
             bar.update(len(batch))
-        for pair in writes:
-            pair.result()
 
 
 def main():
     args = parse_args()
-    files.check_out(args.out, args.source, args.translator)
-    frames = data.list_frames(args.source, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    files.check_out(args.out, *args.source, args.translator)
+    exclude = data.read_names(args.exclude) if args.exclude else ()
+    if args.unlabelled:
+        frames = data.list_images(args.source, args.split, exclude)
+    else:
+        frames = data.list_frames(args.source[0], args.split, exclude=exclude)
     weights = files.finished(args.translator, "--translator")
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
@@ -158,7 +171,7 @@ def main():
 
     # Shard before skipping finished frames, so that a resumed run batches exactly as an uninterrupted one.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
-    done = finished_names(args.out)
+    done = finished_names(args)
     own = [
         batch for batch in batches[runtime.rank() :: runtime.processes()] if not done.issuperset(frame.name for frame in batch)
     ]

@@ -388,7 +388,7 @@ def test_whatever_pillow_raises_means_a_damaged_file(tmp_path, monkeypatch, erro
             load(tmp_path / "x.png")
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(ValueError, match="x.png: damaged image"):
-        data.image_size(tmp_path / "x.png")
+        data._read(tmp_path / "x.png", header_only=True)
 
 
 def test_lack_of_memory_does_not_mean_a_damaged_file(tmp_path, monkeypatch):
@@ -720,7 +720,7 @@ def test_images_are_rotated_as_a_viewer_does(tmp_path, orientation, suffix):
         tmp_path / f"x.{suffix}", exif=exif, **{"quality": 95} if suffix == "jpg" else {}
     )
     path = tmp_path / f"x.{suffix}"
-    assert data.image_size(path) == (48, 32)
+    assert data._read(path, header_only=True)[0] == (48, 32)
     read = data.load_image(path).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(read - upright)[4:12, 4:-4].max() < 8 and np.abs(read - upright)[20:-4, 4:-4].mean() < 8
 
@@ -733,7 +733,11 @@ def test_photographs_with_a_preview_are_rotated_too(tmp_path):
     image.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[image], exif=exif)
     with Image.open(tmp_path / "x.jpg") as saved:
         assert saved.format == "MPO"
-    assert data.image_size(tmp_path / "x.jpg") == (32, 48) and data.load_image(tmp_path / "x.jpg").shape == (3, 48, 32)
+    assert data._read(tmp_path / "x.jpg", header_only=True)[0] == (32, 48) and data.load_image(tmp_path / "x.jpg").shape == (
+        3,
+        48,
+        32,
+    )
 
 
 @pytest.mark.parametrize("tag", [0, 9, 65535])
@@ -741,7 +745,11 @@ def test_an_invalid_orientation_is_ignored(tmp_path, tag):
     exif = Image.Exif()
     exif[0x0112] = tag
     Image.new("RGB", (48, 32)).save(tmp_path / "x.jpg", exif=exif)
-    assert data.image_size(tmp_path / "x.jpg") == (48, 32) and data.load_image(tmp_path / "x.jpg").shape == (3, 32, 48)
+    assert data._read(tmp_path / "x.jpg", header_only=True)[0] == (48, 32) and data.load_image(tmp_path / "x.jpg").shape == (
+        3,
+        32,
+        48,
+    )
 
 
 def test_train_ids_instead_of_label_ids_cause_a_warning(tmp_path, caplog):

@@ -1,0 +1,88 @@
+"""Segment photographs that have no labels, with a task model of stage 3 or 4.
+
+    python predict.py --segmenter runs/clada --images photos --out segmented --overlay
+    python predict.py --segmenter runs/clada --images a.jpg b.png --out segmented
+
+Photographs may have any and different sizes; each is segmented as evaluate.py does it, at its own resolution. OUT/NAME.png is a
+palette PNG: its pixels are Cityscapes label ids, its colours Cityscapes'. A photograph in a subfolder of a plain folder keeps
+its subfolder. The same command resumes: finished photographs are skipped.
+"""
+
+import logging
+
+from tqdm import tqdm
+
+import data
+import files
+import loading
+import runtime
+from evaluate import load_segmenter, predict, save_prediction
+
+log = logging.getLogger("predict")
+
+
+def parse_args():
+    parser = runtime.parser(__doc__)
+    add = parser.add_argument
+    add("--segmenter", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
+    images = "folders with PNG or JPEG files in them or below, data sets, or image files"
+    add("--images", type=runtime.real_path, required=True, nargs="+", metavar="DIR|FILE", help=images)
+    add("--split", default="val", help="split to use of data sets in the Cityscapes layout (default val)")
+    add("--out", type=runtime.path, required=True, metavar="DIR", help="for NAME.png of each photograph")
+    add("--overlay", action="store_true", help="also write NAME_overlay.jpg, the colours over the photograph")
+    runtime.add_compute_arguments(parser, precision="fp32")
+    runtime.add_device_arguments(parser)
+    return parser.parse_args()
+
+
+def is_done(frame, args):
+    path = args.out / f"{frame.name}.png"
+    return path.is_file() and (not args.overlay or path.with_name(f"{path.stem}_overlay.jpg").is_file())
+
+
+def open_out(out, settings):
+    """Lock --out, and record the settings of its predictions. ValueError if it holds other ones, or files of other origin."""
+    path = out / "args.json"
+    if not path.is_file() and any(out.rglob("*.png")):
+        raise ValueError(f"--out {out}: holds files that are not from this script; give another folder")
+    if path.is_file() and files.read_json(path) != settings:
+        raise ValueError(f"--out {out}: made with another model or settings; give another --out, or delete this one")
+    lock = files.lock(out)
+    files.clear_parts(out)
+    files.write_json(path, settings)
+    return lock
+
+
+def main():
+    args = parse_args()
+    files.check_out(args.out, *args.images)
+    weights = files.finished(args.segmenter, "--segmenter")
+    frames = data.list_images(args.images, args.split, data.read_names(args.exclude) if args.exclude else ())
+    device = runtime.pick_device(args.device, deterministic=args.deterministic)
+    precision = runtime.pick_precision(args.precision, device)
+    segmenter = load_segmenter(args.segmenter, "--segmenter", device)
+    data.check_frames(frames, segmenter.width)
+    runtime.join_processes(device)
+    if runtime.is_first():
+        settings = {"script": "predict.py", "weights": files.digest(weights), "precision": precision}
+        lock = open_out(args.out, settings)  # noqa: F841 - held until this process ends
+    runtime.barrier()
+    own = [frame for frame in frames[runtime.rank() :: runtime.processes()] if not is_done(frame, args)]
+    done, where = sum(is_done(frame, args) for frame in frames), runtime.describe(device, precision)
+    log.info("%s: %s; %d photographs, %d already segmented", args.out, where, len(frames), done)
+
+    autocast, indices = runtime.autocast(device, precision), [[i] for i in range(len(own))]  # of one, as sizes differ
+    with (
+        tqdm(total=len(own), desc=str(args.out), disable=not runtime.is_first()) as bar,
+        files.writers(runtime.default_workers()) as submit,
+    ):
+        batches = loading.batches(data.Frames(own, segmenter.width), indices, args.workers, device, collate=list)
+        for frame, [(image,)] in zip(own, batches, strict=True):
+            prediction = predict(segmenter, image, frame.size[::-1], autocast)
+            submit(save_prediction, args.out, frame, prediction.cpu(), args.overlay)
+            bar.update()
+    runtime.barrier()
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)
