@@ -34,7 +34,7 @@ def parse_args(words=None):
     training.add_domain_arguments(parser, source="translated, labelled data set", target=target)
     add(
         "--segmenter",
-        type=runtime.run_path,
+        type=runtime.path,
         required=True,
         metavar="RUN",
         help="finished run of train_segmenter.py on --source",
@@ -124,7 +124,8 @@ def main():
     opt_segmenter = adam(segmenter.parameters(), lr=args.lr)
     opt_discriminator = adam(discriminator.parameters(), lr=args.discriminator_lr)
     optimizers, gate = dict(opt_segmenter=opt_segmenter, opt_discriminator=opt_discriminator), Gate(args.gate, run.device)
-    run.restore(segmenter=segmenter, discriminator=discriminator, **optimizers, gate=gate)
+    networks = dict(segmenter=segmenter, discriminator=discriminator)
+    run.restore(lambda: models.network_state(segmenter, args.width), **networks, **optimizers, gate=gate)
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
     labelled = data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache)
@@ -145,7 +146,7 @@ def main():
     if args.adversarial_weight > 0:
         note = "" if opened else f": D_feat never passed --gate {args.gate}, so no adversary took part"
         print(f"{args.out}: the gate was open in {opened} of {steps} steps{note}")
-    run.finish(models.network_state(segmenter, args.width), gate_open_steps=opened, gate_steps=steps)
+    run.finish(gate_open_steps=opened, gate_steps=steps)
 
 
 if __name__ == "__main__":

@@ -391,7 +391,9 @@ def main():
     parser.add_argument("--split", default="train", help="Cityscapes split, or several joined by commas (default: train)")
     parser.add_argument("--unlabelled", action="store_true", help="use the images only")
     parser.add_argument("--exclude", metavar="FILE", help="text file with the names of frames to leave out, one per line")
-    parser.add_argument("--check-data", action="store_true", help="decode all files; list problems, class shares, empty frames")
+    parser.add_argument(
+        "--check-data", action="store_true", help="decode all files; list problems, class shares, frames of one colour"
+    )
     args = parser.parse_args()
     folder, count = printable(args.folder), 0
     try:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import files
@@ -122,12 +121,13 @@ def evaluate(args, frames, device, precision):
     total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
     indices = [[i] for i in range(len(frames))]  # batches of one, since frames differ in size
     batches = loading.batches(data.Frames(frames, segmenter.width), indices, args.workers, device, collate=list)
-    bar = tqdm(batches, desc=str(args.segmenter), total=len(frames), disable=not runtime.is_first())
-    for frame, [(image, label)] in zip(frames, bar, strict=True):
-        prediction = predict(segmenter, image, label.shape, autocast)
-        total += confusion_matrix(prediction, label).cpu()
-        if args.save_predictions:
-            save_prediction(args.save_predictions, frame, prediction.cpu())
+    with loading.progress(len(frames), args.segmenter) as bar:
+        for frame, [(image, label)] in zip(frames, batches, strict=True):
+            prediction = predict(segmenter, image, label.shape, autocast)
+            total += confusion_matrix(prediction, label).cpu()
+            if args.save_predictions:
+                save_prediction(args.save_predictions, frame, prediction.cpu())
+            bar.update()
     return runtime.all_reduce_sum_(total)
 
 
@@ -173,7 +173,7 @@ def read_evaluation(path):
 def parse_args():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--segmenter", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
+    add("--segmenter", type=runtime.path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
     add("--data", required=True, metavar="DIR", help="labelled data set, GTA5 or Cityscapes layout")
     add("--split", default="val", help="split of a Cityscapes layout (default val)")
     add("--name", metavar="MODEL", help="model name in the row (default: the name of RUN)")
@@ -197,8 +197,9 @@ def parse_args():
 
 def main():
     args = parse_args()
-    name = args.name or args.segmenter.absolute().name
-    weights, evaluation = files.finished(args.segmenter, "--segmenter"), args.segmenter / "evaluation.json"
+    weights = files.finished(args.segmenter, "--segmenter").absolute()
+    kept = weights.stem.removeprefix("weights")  # _0100000 of --keep-every
+    name, evaluation = args.name or weights.parent.name + kept, weights.parent / f"evaluation{kept}.json"
     for flag, path in (("--out", args.out), ("--save-predictions", args.save_predictions)):
         if path:
             files.check_out(path, args.data, flag=flag)
@@ -218,7 +219,7 @@ def main():
             print(f"{name}: already evaluated")
             return
     if runtime.torchrun("RANK", 0) == 0:
-        for folder in filter(None, (args.out.parent if args.out else args.segmenter, args.save_predictions)):
+        for folder in filter(None, (args.out.parent if args.out else weights.parent, args.save_predictions)):
             files.check_writable(folder)
     row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])))
     print(f"{name}: " + ", ".join(f"{mean} {rounded(row)[mean]}" for mean in MEANS))

@@ -1,4 +1,4 @@
-"""Atomic writes, folder locks, JSON and CSV.
+"""Atomic writes, folder locks, JSON, CSV and pictures.
 
 Every script writes with `write_whole`: after a kill, a full disk or a lost connection, a file holds its old or its new content.
 A folder is locked while it is filled (`lock`); the process that holds the lock may remove what killed writers left.
@@ -20,8 +20,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
+
 log = logging.getLogger("files")
 PART = ".part"  # suffix of files that are being written
+COLUMN_WIDTH = 320  # pixels per picture in a figure
 
 
 def printable(text):
@@ -145,6 +148,36 @@ def png_bytes(image, **options):
     return buffer.getbuffer()
 
 
+def write_figure(path, titles, rows, legend=None):
+    """Write rows of images (3, H, W) uint8 under column titles as a PNG. legend: {name: (R, G, B)}, drawn below."""
+    font, margin, line, entry = ImageFont.load_default(15), 4, 24, 120  # pixels
+    rows = [[_thumbnail(image) for image in row] for row in rows]
+    heights, legend = [max(image.height for image in row) for row in rows], legend or {}
+    width = len(titles) * (COLUMN_WIDTH + margin) - margin
+    per_line = width // entry
+    figure = Image.new("RGB", (width, line + sum(heights) + margin * len(rows) + line * -(-len(legend) // per_line)), "white")
+    draw = ImageDraw.Draw(figure)
+    for column, title in enumerate(titles):
+        draw.text((column * (COLUMN_WIDTH + margin) + COLUMN_WIDTH // 2, line // 2), title, "black", font, anchor="mm")
+    y = line
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            figure.paste(image, (column * (COLUMN_WIDTH + margin), y))
+        y += height + margin
+    for i, (name, colour) in enumerate(legend.items()):
+        left, top = i % per_line * entry, y + i // per_line * line
+        draw.rectangle((left, top + 5, left + 14, top + 18), fill=colour)
+        draw.text((left + 20, top + line // 2), name, "black", font, anchor="lm")
+    write_whole(path, png_bytes(figure))
+
+
+def _thumbnail(image):
+    """(3, H, W) uint8 -> a PIL image, COLUMN_WIDTH pixels wide; pixels of smaller images are repeated."""
+    image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    resample = Image.Resampling.NEAREST if image.width < COLUMN_WIDTH else Image.Resampling.LANCZOS
+    return image.resize((COLUMN_WIDTH, max(1, round(image.height * COLUMN_WIDTH / image.width))), resample)
+
+
 def write_json(path, content):
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -161,10 +194,13 @@ def read_json(path, *keys):
 
 
 def finished(run, flag):
-    """The path of a finished run's weights.pt. Raises ValueError naming the flag if the run does not exist or is unfinished."""
-    weights = Path(run) / "weights.pt"
+    """The weights of `run`: RUN/weights.pt of a finished run, or `run` itself if it is such a file (--keep-every).
+
+    Raises ValueError naming the flag if there are none.
+    """
+    weights = Path(run) if Path(run).suffix == ".pt" else Path(run) / "weights.pt"
     if not weights.is_file():
-        raise ValueError(f"{flag} {run}: no weights.pt there: not finished; run its command again to resume it")
+        raise ValueError(f"{flag} {run}: no {weights.name} there: not finished; run its command again to resume it")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Batches in order, read by worker processes.
+"""Batches in order, read by worker processes, and progress bars.
 
 A wrapper around DataLoader: an unreadable sample or a killed worker raises an error instead of hanging, batches need no room
 in /dev/shm, and when the disk stalls the log names the frame that is being waited for.
@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -15,6 +16,7 @@ import traceback
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import runtime
 
@@ -28,6 +30,24 @@ def stacked(samples):
     if isinstance(samples[0], (tuple, list)):
         return [stacked(parts) for parts in zip(*samples, strict=True)]
     return torch.stack(samples)
+
+
+class _Lines:
+    """A file for tqdm where stderr is no terminal: a line per update, without carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        pass
+
+
+def progress(total, name, initial=0):
+    """A progress bar of the first process; a line every half minute where stderr is no terminal."""
+    file, seconds = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), 30)
+    limits = dict(mininterval=seconds, maxinterval=max(10, seconds))
+    return tqdm(total=total, initial=initial, desc=str(name), disable=not runtime.is_first(), file=file, **limits)
 
 
 class SampleNumbers:

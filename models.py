@@ -5,11 +5,12 @@ Self-contained: depends on torch, and for `UNet` on efficientnet-pytorch. Import
     generator = ResnetGenerator()                            # stage 1: G; its first half is G_enc of the PatchNCE loss
     image, features = generator(x, return_features=True)     # x: (B, 3, H, W) in [-1, 1]
     logits = UNet(encoder="efficientnet-b3")(photo)          # stages 3 and 4: the task model; photo: (B, 3, H, W) in [0, 1]
-    generator = load_network("RUN/weights.pt")               # the network of a finished run
+    generator = load_network("RUN")                          # the network of a finished run
 
 In the paper's equations G is `ResnetGenerator`, D `PatchDiscriminator`, H `PatchProjector`.
 """
 
+import os
 from functools import cache, partial
 
 import torch
@@ -276,8 +277,7 @@ class UNet(nn.Module):
         blocks = self.encoder._blocks
         self.strided = [i for i, block in enumerate(blocks) if block._depthwise_conv.stride == (2, 2)]
         skips = [blocks[i - 1]._project_conv.out_channels for i in (*self.strided, len(blocks))]  # at strides 2, 4, 8, 16, 32
-        self.decoder = nn.ModuleList()
-        channels = skips[-1]
+        self.decoder, channels = nn.ModuleList(), skips[-1]
         for skip, out in zip([*skips[-2::-1], 0], self.DECODER_CHANNELS, strict=True):
             layers = []
             for c in (channels + skip, out):  # no bias: BatchNorm would cancel it
@@ -341,10 +341,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def efficientnet(name, weights=None):
     """The efficientnet-pytorch network `name` without its classification head; weights and ValueError as for `UNet`."""
-    from efficientnet_pytorch import EfficientNet
-    from efficientnet_pytorch.utils import url_map
+    from efficientnet_pytorch import EfficientNet, utils
 
-    if name not in url_map:
+    if name not in utils.url_map:
         raise ValueError(f"encoder {name!r}: unknown; choose efficientnet-b0 to efficientnet-b7")
     # image_size=None: pad for the input's size, not for ImageNet's, which shifts features. batch_norm_momentum=0.9: running
     # statistics move by 10% per step, torch's default. The package's 1% is outdated when a short training is evaluated.
@@ -352,7 +351,7 @@ def efficientnet(name, weights=None):
     if weights is not None:
         load, source = torch.load, weights
         if weights == "imagenet":
-            load, source = partial(torch.hub.load_state_dict_from_url, check_hash=True), url_map[name]
+            load, source = partial(torch.hub.load_state_dict_from_url, check_hash=True), utils.url_map[name]
         try:
             network.load_state_dict(load(source, map_location="cpu", weights_only=True))
         except Exception as error:  # no connection, a wrong hash, a damaged file, a file of another network
@@ -382,11 +381,12 @@ def network_state(network, width):
 
 
 def load_network(path, expected=None, device="cpu"):
-    """Load the network of a weights.pt in eval mode; network.width is the width in pixels of its training frames.
+    """Load a network in eval mode from a run or its weights.pt; network.width is the width in pixels of its training frames.
 
     expected: ResnetGenerator or UNet, if the file must hold that class. Raises OSError if the file cannot be read, and
     ValueError naming it if it holds another class or no network. Executes no code from it (`weights_only`).
     """
+    path = os.path.join(path, "weights.pt") if os.path.isdir(path) else path
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)

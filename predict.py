@@ -10,8 +10,6 @@ its subfolder. The same command resumes: finished photographs are skipped.
 
 import logging
 
-from tqdm import tqdm
-
 import data
 import files
 import loading
@@ -24,7 +22,7 @@ log = logging.getLogger("predict")
 def parse_args():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--segmenter", type=runtime.run_path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
+    add("--segmenter", type=runtime.path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
     images = "folders with PNG or JPEG files in them or below, data sets, or image files"
     add("--images", type=runtime.real_path, required=True, nargs="+", metavar="DIR|FILE", help=images)
     add("--split", default="val", help="split to use of data sets in the Cityscapes layout (default val)")
@@ -73,7 +71,7 @@ def main():
 
     autocast, indices = runtime.autocast(device, precision), [[i] for i in range(len(own))]  # of one, as sizes differ
     with (
-        tqdm(total=len(own), desc=str(args.out), disable=not runtime.is_first()) as bar,
+        loading.progress(len(own), args.out) as bar,
         files.writers(runtime.default_workers()) as submit,
     ):
         batches = loading.batches(data.Frames(own, segmenter.width), indices, args.workers, device, collate=list)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import files
@@ -33,7 +32,7 @@ SOURCES = {"Source": "source", "Source, resized": "source_resized"}  # frames at
 COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
 LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
-FIGURE_ROWS, COLUMN_WIDTH = 4, 320  # frames per figure, pixels per picture
+FIGURE_ROWS = 4  # frames per figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def write_tables(out):
     if rows := table1(out):
         files.write_csv(results / "table1.csv", rows)
         print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
-        print("Source: frames at their own size. Resized: at the translations' width, with which translations compare.")
+        print("Source: frames at their own size. Resized: at the translations' width, for comparison with them.")
     else:
         print(f"Table 1 needs {out / INPUTS[0]}: left out")
     if not scores:
@@ -179,8 +178,8 @@ def translations_figure(out):
     frames = [data.list_frames(folder, labelled=False, exclude=exclude) for folder in folders.values()]
     images = [{frame.name: frame.image for frame in listed} for listed in frames]
     names = sorted(set.intersection(*map(set, images)))  # stage 2 may still be at work
-    rows = [[thumbnail(data.load_image(paths[name])) for paths in images] for name in evenly_spaced(names)]
-    save_figure(out / "results" / "translations.png", list(folders), rows)
+    rows = [[data.load_image(paths[name]) for paths in images] for name in evenly_spaced(names)]
+    files.write_figure(out / "results" / "translations.png", list(folders), rows)
 
 
 def segmentations_figure(out):
@@ -200,43 +199,14 @@ def segmentations_figure(out):
         image, label = data.load_image(frame.image), data.load_label(frame.label)
         inputs = [(segmenter, data.resize_to_width(image, segmenter.width)) for segmenter in segmenters]
         maps = [*(predict(segmenter, resized, label.shape, autocast) for segmenter, resized in inputs), label]
-        rows.append([thumbnail(image), *(thumbnail(data.colourise(ids), Image.Resampling.NEAREST) for ids in maps)])
-    save_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend=True)
+        rows.append([image, *map(data.colourise, maps)])
+    legend = dict(zip(data.CLASS_NAMES, map(tuple, data.PALETTE.tolist()), strict=True))
+    files.write_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend)
 
 
 def evenly_spaced(items):
     """At most FIGURE_ROWS items of a list, the first and the last among them."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(FIGURE_ROWS, len(items))).round().astype(int)]
-
-
-def thumbnail(image, resample=Image.Resampling.LANCZOS):
-    """(3, H, W) uint8 -> a PIL image, COLUMN_WIDTH pixels wide."""
-    image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return image.resize((COLUMN_WIDTH, max(1, round(image.height * COLUMN_WIDTH / image.width))), resample)
-
-
-def save_figure(path, titles, rows, legend=False):
-    """Rows of PIL images under column titles -> a PNG file; `legend` adds the colours of the classes below."""
-    font, margin, line, entry = ImageFont.load_default(15), 4, 24, 120  # pixels
-    heights = [max(image.height for image in row) for row in rows]
-    width = len(titles) * (COLUMN_WIDTH + margin) - margin
-    per_line = width // entry
-    legend_height = line * -(-len(data.CLASSES) // per_line) if legend else 0
-    figure = Image.new("RGB", (width, line + sum(heights) + margin * len(rows) + legend_height), "white")
-    draw = ImageDraw.Draw(figure)
-    for column, title in enumerate(titles):
-        draw.text((column * (COLUMN_WIDTH + margin) + COLUMN_WIDTH // 2, line // 2), title, "black", font, anchor="mm")
-    y = line
-    for row, height in zip(rows, heights, strict=True):
-        for column, image in enumerate(row):
-            figure.paste(image, (column * (COLUMN_WIDTH + margin), y))
-        y += height + margin
-    if legend:
-        for i, (name, colour) in enumerate(zip(data.CLASS_NAMES, data.PALETTE.tolist(), strict=True)):
-            left, top = i % per_line * entry, y + i // per_line * line
-            draw.rectangle((left, top + 5, left + 14, top + 18), fill=tuple(colour))
-            draw.text((left + 20, top + line // 2), name, "black", font, anchor="lm")
-    files.write_whole(path, files.png_bytes(figure))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -178,7 +178,6 @@ distance() { # NAME FOLDER [ARG...]
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiment
 
-[ -t 2 ] || export TQDM_MININTERVAL=15 # a log file needs few lines
 OUT=$(realpath -m -- "$OUT")
 if [ -n "${SOURCE:-}" ]; then
     SOURCE=$(realpath -m -- "$SOURCE") TARGET=$(realpath -m -- "$TARGET")

@@ -174,12 +174,6 @@ def real_path(text):
     return os.path.realpath(path(text))
 
 
-def run_path(text):
-    """A run directory, or the weights.pt in it."""
-    run = path(text)
-    return run.parent if run.name == "weights.pt" else run
-
-
 def height_width(text):
     """ "400" or "256x512" (height x width) -> (height, width)."""
     sides = text.lower().split("x")

@@ -69,7 +69,7 @@ def main():
         return
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = adam(segmenter.parameters(), lr=args.lr)
-    run.restore(segmenter=segmenter, optimizer=optimizer)
+    run.restore(lambda: models.network_state(segmenter, args.width), segmenter=segmenter, optimizer=optimizer)
     autocast = runtime.autocast(run.device, args.precision)
 
     def step(images, labels):
@@ -86,9 +86,10 @@ def main():
         set_learning_rate(optimizer, lr)
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
         logits, loss = graphed_step(images, labels)
-        colours = lambda: [data.colourise(ids.cpu()) / 255 for ids in (logits.argmax(1), labels)]  # noqa: B023, E731
-        run.log({"loss": loss}, grid=lambda: [images, *colours()], lr=lr)  # noqa: B023 - called at once
-    run.finish(models.network_state(segmenter, args.width))
+        maps = lambda: {"prediction": logits.argmax(1), "label": labels}  # noqa: B023, E731 - called at once
+        colours = lambda: {title: data.colourise(ids.cpu()) / 255 for title, ids in maps().items()}  # noqa: B023, E731
+        run.log({"loss": loss}, grid=lambda: {"image": images, **colours()}, lr=lr)  # noqa: B023
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def parse_args(words=None):
     add("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
     add("--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)")
     add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
-    add("--flip-equivariance", action="store_true", help="mirror half of G's inputs and their queries, as released FastCUT")
-    add("--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; theirs: 5)")
+    add("--flip-equivariance", action="store_true", help="mirror G's input with probability 1/2, and its query features back")
+    add(
+        "--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; released: 5)"
+    )
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)
     if min(args.crop_size) < 24:
@@ -101,9 +103,9 @@ class ContrastiveTranslation:
         """(B, 3, H, W) -> (their translation, mirrored where `flipped`; features of the images, which are never mirrored)."""
         if flipped is None:
             return self.G(images, return_features=True)
+        translated = self.G(mirror(images, flipped))  # first: autocast would keep weights cast without a gradient
         with torch.no_grad():
-            features = self.G.encode(images)
-        return self.G(mirror(images, flipped)), features
+            return translated, self.G.encode(images)
 
     def encode(self, translated, flipped):
         """The features of a translation, mirrored back where it is mirrored."""
@@ -229,7 +231,7 @@ def main():
         return
     torch.manual_seed(args.seed)
     translation = (CycleTranslation if args.method == "cyclegan" else ContrastiveTranslation)(args, run.device)
-    run.restore(**translation.state)
+    run.restore(lambda: models.network_state(translation.G, args.width), **translation.state)
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
     dataset = StackDataset(
@@ -243,8 +245,9 @@ def main():
             set_learning_rate(optimizer, lr)
         x, y = (data.to_signed(images).contiguous(memory_format=layout) for images in batch)
         fake, losses = step(x, y)
-        run.log(losses, grid=lambda: [(images + 1) / 2 for images in (x, fake, y)], lr=lr)  # noqa: B023 - called at once
-    run.finish(models.network_state(translation.G, args.width), method=args.method)
+        grid = lambda: {"source": (x + 1) / 2, "translated": (fake + 1) / 2, "target": (y + 1) / 2}  # noqa: B023, E731
+        run.log(losses, grid=grid, lr=lr)
+    run.finish(method=args.method)
 
 
 if __name__ == "__main__":

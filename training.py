@@ -2,10 +2,10 @@
 
     run = Run(args)                                    # resolves --device and --precision, reads what --out holds
     if run.is_finished(source=frames): ...             # compares arguments and data with those of the run
-    run.restore(generator=generator, ...)              # names the parts of a checkpoint, and loads it if there is one
+    run.restore(weights, generator=generator, ...)     # names the parts of a checkpoint, and loads it if there is one
     for iteration, batch in run.iterations(dataset):   # resumes after the last checkpoint
         run.log(losses, lr=lr)
-    run.finish(models.network_state(generator, args.width))    # weights.pt and summary.json
+    run.finish()                                       # writes summary.json and weights.pt, which weights() returns
 
 What iteration k computes depends only on --seed and k: samples are numbered by iteration, and torch's generator is seeded
 at every iteration. No generator state needs saving.
@@ -24,9 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import files
 import loading
@@ -37,7 +34,9 @@ log = logging.getLogger("training")
 
 # Arguments that may differ when a run is resumed, because they do not change what it computes. Paths of data and weights
 # may differ because their content is compared.
-FREE_ARGUMENTS = set("version out device deterministic compile workers cache log_every save_every check exclude".split())
+FREE_ARGUMENTS = set(
+    "version out device deterministic compile workers cache log_every save_every keep_every check exclude".split()
+)
 FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
 FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # until finished: see is_finished
 
@@ -64,6 +63,7 @@ def add_arguments(parser, iterations, batch_size, crop_size, lr):
     add("--cache", type=runtime.path, metavar="DIR", help="keep resized frames there as PNG, which decode faster")
     add("--log-every", type=integer, default=100, metavar="N", help="steps per row of log.csv (default 100)")
     add("--save-every", type=integer, default=5000, metavar="N", help="steps per checkpoint and sample grid (default 5000)")
+    add("--keep-every", type=integer, metavar="N", help="also keep the network at multiples of N, as weights_0100000.pt")
     add("--check", action="store_true", help="check arguments and data, and stop before training")
     runtime.add_device_arguments(parser)
 
@@ -142,12 +142,13 @@ class Run:
         """Report that --check found no problem."""
         print(f"{self.args.script}: arguments and data are OK ({self.device}, {self.args.precision})")
 
-    def restore(self, **state):
+    def restore(self, weights, **state):
         """Name the parts of a checkpoint (objects with state_dict and load_state_dict), and load it if there is one.
 
-        From here on the run directory belongs to this process.
+        weights: a function that returns the content of weights.pt, for --keep-every and `finish`. From here on the run
+        directory belongs to this process.
         """
-        self.state = state
+        self.state, self.weights = state, weights
         if runtime.is_first():
             self.lock = files.lock(self.out)
             self._read_saved_arguments()  # again: another process may have started while this one looked at its data
@@ -204,10 +205,10 @@ class Run:
         args = self.args
         indices = loading.SampleNumbers(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
         batches = loading.batches(dataset, indices, args.workers, self.device)
-        bar = tqdm(total=args.iterations, initial=self.iteration, desc=str(self.out), disable=not runtime.is_first())
+        self.bar = loading.progress(args.iterations, self.out, self.iteration)
         self.clock = optimization.StepClock(self.device)
         self.is_waiting = False
-        with _caught_signals(self) as signals, bar:
+        with _caught_signals(self) as signals, self.bar:
             try:
                 self.is_waiting = True
                 for batch in batches:
@@ -216,7 +217,7 @@ class Run:
                     self.clock.enter("step")
                     yield self.iteration, batch
                     self._after_step(signals)
-                    bar.update()
+                    self.bar.update()
                     self.is_waiting = self.iteration < args.iterations
             except _Stopped:
                 self.save()
@@ -232,6 +233,8 @@ class Run:
         signal_number = _agree(signals)
         if is_last or self.iteration % self.args.save_every == 0 or signal_number:
             self.save()
+        if self.args.keep_every and self.iteration % self.args.keep_every == 0 and runtime.is_first():
+            files.write_whole(self.out / f"weights_{self.iteration:07d}.pt", torch_bytes(self.weights()))
         if signal_number and not is_last:
             sys.exit(128 + signal_number)
 
@@ -244,8 +247,8 @@ class Run:
         """Log a step.
 
         losses: {name: scalar tensor}, averaged until the next row of log.csv without waiting for the device. values: numbers
-        that go into the row as they are, e.g. lr. grid: a function that returns lists of images (B, 3, h, w) in [0, 1]; at
-        every checkpoint they become samples/ITERATION.png, one column per list and one row per sample.
+        that go into the row as they are, e.g. lr. grid: a function that returns {title: images (B, 3, h, w) in [0, 1]}; at
+        every checkpoint they become samples/ITERATION.png, one column per title and one row per sample, eight at most.
         """
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
@@ -254,13 +257,14 @@ class Run:
         done = self.iteration + 1
         if grid and runtime.is_first() and (done % self.args.save_every == 0 or done == self.args.iterations):
             self.clock.enter("other")
-            columns = [images.detach().float().cpu().clamp(0, 1) for images in grid()]
-            image = to_pil_image(make_grid(torch.stack(columns, dim=1).flatten(0, 1), nrow=len(columns)))
-            files.write_whole(self.out / "samples" / f"{done:07d}.png", files.png_bytes(image))
+            columns = {title: (images.detach().float().cpu().clamp(0, 1) * 255).byte() for title, images in grid().items()}
+            rows = list(zip(*columns.values(), strict=True))[:8]
+            files.write_figure(self.out / "samples" / f"{done:07d}.png", list(columns), rows)
 
     def _write_log(self):
         self.clock.enter("other")
         means = self._finite_means()
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
         seconds, wait = self.clock.read()
         peak = f"{optimization.peak_memory_mib(self.device):.0f}"
         self._finite_state()
@@ -317,7 +321,7 @@ class Run:
             files.write_whole(self.checkpoint, torch_bytes(content))
         self.clock.enter("wait")
 
-    def finish(self, weights, **summary):
+    def finish(self, **summary):
         """Write summary.json and, last, weights.pt, which marks the run as finished."""
         if not runtime.is_first():
             return
@@ -333,7 +337,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
         files.write_json(self.out / "summary.json", summary)
-        files.write_whole(self.out / "weights.pt", torch_bytes(weights))
+        files.write_whole(self.out / "weights.pt", torch_bytes(self.weights()))
 
 
 class PerProcess:

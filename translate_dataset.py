@@ -14,7 +14,6 @@ import logging
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import data
 import files
@@ -33,7 +32,7 @@ def parse_args():
     add("--source", type=runtime.real_path, required=True, nargs="+", metavar="DIR", help=source)
     add("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
     add("--unlabelled", action="store_true", help="translate images only, into OUT/images; subfolders are kept")
-    add("--translator", type=runtime.run_path, required=True, metavar="RUN", help="finished run of train_translator.py")
+    add("--translator", type=runtime.path, required=True, metavar="RUN", help="finished run of train_translator.py")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
     runtime.add_compute_arguments(parser)
@@ -129,7 +128,7 @@ def translate_batches(generator, batches, width, args, device, autocast):
         files.write_whole(path, files.png_bytes(Image.fromarray(fake.numpy()), compress_level=1))
 
     with (
-        tqdm(total=len(frames), desc=str(args.out), disable=not runtime.is_first()) as bar,
+        loading.progress(len(frames), args.out) as bar,
         files.writers(WRITERS) as submit,
     ):
         for batch in loading.batches(ResizedPairs(frames, width), indices, args.workers, collate=list):  # sizes may differ

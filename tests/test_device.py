@@ -64,7 +64,7 @@ def adam_steps(out, layout, steps):
     network = torch.nn.Conv2d(3, 4, 3, dtype=torch.float64).to(memory_format=layout)
     optimizer = optimization.adam(network.parameters(), lr=0.1)
     run = small_run(out, 3)
-    run.restore(network=network, optimizer=optimizer)
+    run.restore(dict, network=network, optimizer=optimizer)
     for _, x in itertools.islice(run.iterations(torch.randn(3, 3, 8, 8, dtype=torch.float64)), steps - run.iteration):
         optimization.backward_and_step(optimizer, network(x).square().sum())
         run.log({})
@@ -103,11 +103,11 @@ def slowly(images):
 
 def test_a_step_and_the_wait_for_its_data_are_timed_apart(tmp_path):
     run = small_run(tmp_path, 8, "--log-every", "4")
-    run.restore()
+    run.restore(dict)
     for _, x in run.iterations(Slow()):
         time.sleep(0.01)
-        run.log({"loss": x.sum()}, grid=lambda: [slowly(x)], lr=1)  # noqa: B023
-    run.finish({})
+        run.log({"loss": x.sum()}, grid=lambda: {"x": slowly(x)}, lr=1)  # noqa: B023
+    run.finish()
     summary = training.files.read_json(tmp_path / "summary.json")
     for row in (*table(tmp_path / "log.csv"), summary):
         assert 0.01 <= float(row["seconds_per_iteration"]) < 0.035
@@ -155,7 +155,7 @@ def cuda(monkeypatch):
 def test_on_cuda_steps_are_timed_by_events_and_nothing_waits_for_the_device_but_a_row(tmp_path, cuda):
     run = small_run(tmp_path, 8, "--log-every", "4")
     run.device = torch.device("cuda")
-    run.restore()
+    run.restore(dict)
     for _ in run.iterations([torch.zeros(1)] * 8):
         run.log({}, lr=1)
     calls = [call for call in cuda if call != "reset"]
@@ -170,11 +170,11 @@ def test_peak_memory_leaves_out_the_first_steps(tmp_path, cuda, again, monkeypat
         steps = [optimization.GraphedStep(cuda.step, torch.device("cuda")) for _ in range(2)]
     run = small_run(tmp_path, 12, "--log-every", "4")
     run.device = torch.device("cuda")
-    run.restore()
+    run.restore(dict)
     for iteration, _ in run.iterations([torch.zeros(1)] * 12):
         steps[iteration >= again](9000 if iteration in (0, again) else 1000)
         run.log({}, lr=1)
-    run.finish({})
+    run.finish()
     assert [row["peak_memory_mib"] for row in table(tmp_path / "log.csv")] == ["1000"] * 3
     assert training.files.read_json(tmp_path / "summary.json")["peak_memory_mib"] == 1000
 

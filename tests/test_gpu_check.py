@@ -335,7 +335,7 @@ def test_a_run_started_on_the_cpu_resumes_on_cuda(tmp_path):
             network = torch.nn.Conv2d(3, 4, 3, dtype=torch.float64)
             network.to(run.device, memory_format=torch.channels_last if device == "cuda" else torch.contiguous_format)
             optimizer = optimization.adam(network.parameters(), lr=0.1)
-            run.restore(network=network, optimizer=optimizer)
+            run.restore(dict, network=network, optimizer=optimizer)
             for iteration, x in run.iterations(torch.randn(3, 3, 8, 8, dtype=torch.float64)):
                 optimization.backward_and_step(optimizer, network(x).square().sum())
                 run.log({})

@@ -82,7 +82,7 @@ def call(monkeypatch, capsys):
 
 def colours(figure, columns):
     """The colour in the middle of the first picture of each column."""
-    width = report.COLUMN_WIDTH
+    width = files.COLUMN_WIDTH
     return [figure.getpixel((i * (figure.width + 4) // columns + width // 2, 24 + width // 4)) for i in range(columns)]
 
 

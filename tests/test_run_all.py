@@ -203,7 +203,7 @@ def lively_segmenter(everything, pair, tmp_path):
     return tmp_path / "lively"
 
 
-def test_predictions_are_saved_as_label_ids(lively_segmenter, pair, tmp_path):
+def test_predictions_are_label_ids_and_predict_writes_the_same(lively_segmenter, pair, tmp_path):
     result = script(
         "evaluate.py", "--segmenter", lively_segmenter, "--data", pair / "target",
         "--save-predictions", tmp_path / "p", "--workers", 0, "--out", tmp_path / "t.csv",
@@ -211,8 +211,13 @@ def test_predictions_are_saved_as_label_ids(lively_segmenter, pair, tmp_path):
     assert result.returncode == 0, result.stderr
     files = sorted((tmp_path / "p").iterdir())
     names = [frame.name for frame in data.list_frames(pair / "target", "val")]
-    assert len(names) == 2 and [f.name for f in files] == [f"{name}_pred_labelIds.png" for name in names]
+    assert len(names) == 2 and [f.name for f in files] == [f"{name}.png" for name in names]
     assert set(data.load_label_ids(files[0]).unique().tolist()) <= {c.id for c in data.CLASSES}
+
+    words = ["--segmenter", lively_segmenter, "--images", pair / "target", "--out", tmp_path / "q", "--workers", 0]
+    result = script("predict.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / "q" / file.name).read_bytes() for file in files] == [file.read_bytes() for file in files]
 
     # cityscapesscripts finds each file by its name, and has our scores from it.
     options = {"predictionPath": str(tmp_path / "p"), "evalInstLevelScore": False, "JSONOutput": False, "quiet": True}
