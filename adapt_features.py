@@ -8,8 +8,8 @@ of CyCADA (Hoffman et al. 2018) lets the adversarial term reach the segmenter on
 batches is above 60%. The target's labels are not read. --adversarial-weight 0 is the control: the same fine-tuning, with
 target frames passing through the segmenter and its BatchNorm statistics, but without the adversary's gradient. The
 segmenter's learning rate is constant for the first half, then falls linearly to 0; D_feat's is constant. CyCADA skips the
-segmenter's whole step while the gate is shut; here the supervised loss continues (ours, as are this stage's layer, weight,
-learning rates, crop, batch and iterations). The same command resumes an unfinished run.
+segmenter's whole step while the gate is shut; here the supervised loss continues (ours, as are this stage's layer, Adam,
+learning rates, crop, batch and iterations; the weight of 0.1 is CyCADA's). The same command resumes an unfinished run.
 """
 
 import torch

@@ -41,7 +41,7 @@ def discriminator_loss(real_logits, fake_logits, kind="lsgan"):
     return (gan_loss(real_logits, True, kind) + gan_loss(fake_logits, False, kind)) / 2
 
 
-def patch_nce_loss(query, positive, temperature=0.07):
+def patch_nce_loss(query, positive, temperature=0.07):  # Park et al. 2020; not in the paper
     """Equations 2 and 3 for one layer: PatchNCE of Park et al. 2020. The scan of the paper lacks them; this is their
     released code's form.
 

@@ -227,7 +227,7 @@ class PatchProjector(nn.Module):
     or higher. The heads are built here, not at the first batch, so that optimisers and checkpoints include them.
     """
 
-    def __init__(self, channels, width=256):
+    def __init__(self, channels, width=256):  # Park et al. 2020; not in the paper
         super().__init__()
         mlps = (nn.Sequential(nn.Linear(c, width), nn.ReLU(inplace=True), nn.Linear(width, width)) for c in channels)
         self.heads = nn.ModuleList(mlps)
@@ -249,7 +249,7 @@ def sample_locations(features, num_patches):
 
 
 def init_normal(network):
-    """Draw weights from N(0, 0.02^2) and set biases to zero, as Zhu et al. 2017."""
+    """Draw weights from N(0, 0.02^2), set biases to 0, as Zhu et al. 2017 (Park et al. 2020's code: Xavier, gain 0.02)."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, 0.02)
@@ -265,7 +265,7 @@ class UNet(nn.Module):
     32), "decoder1" (stride 16) to "decoder5" (stride 1); channels in `feature_channels`. ImageNet's normalisation is built in.
     """
 
-    DECODER_CHANNELS = (256, 128, 64, 32, 16)
+    DECODER_CHANNELS = (256, 128, 64, 32, 16)  # (ours; segmentation_models.pytorch's, see docs/differences.md)
 
     def __init__(self, num_classes=19, encoder="efficientnet-b3", encoder_weights=None):
         super().__init__()

@@ -6,7 +6,7 @@
 
 The paper's defaults: EfficientNet-B3 from ImageNet, batch 8, 120k iterations, learning rate 2e-4, lower for the last third,
 encoder frozen for the first third. Ours, because the paper is silent or unreadable there: Adam, pixel-wise cross entropy that
-ignores void, width 1024, crops of 512x512, and the lower rate of 1e-5. The same command resumes an unfinished run.
+ignores void, width 1024, crops of 512x512, flips, and the lower rate of 1e-5. The same command resumes an unfinished run.
 """
 
 import torch
@@ -40,7 +40,7 @@ def parse_args(words=None):
 
 
 def learning_rate(iteration, iterations, base):
-    """2e-4, then 1e-5 for the last third, 40k of 120k (the paper; its second rate is unreadable, 1e-5 is ours)."""
+    """`base`, then a twentieth of it for the last third, 40k of 120k (the paper; the second rate is unreadable there)."""
     return base if 3 * iteration < 2 * iterations else base / 20
 
 
