@@ -37,7 +37,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def constant_then_linear(iteration, iterations, base):
-    """Stage 1's schedule, Zhu et al. 2017: `base` for the first half, then linear decay that would reach 0 after the last step."""
+    """Zhu et al. 2017's and stage 1's schedule: `base` for half, then linear decay that would reach 0 after the last step."""
     return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
 
 

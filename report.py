@@ -4,7 +4,8 @@
 
 It reads OUT/distances/*.json (from fid.py), OUT/translators/*/summary.json, OUT/segmenters/*/evaluation.json (from
 evaluate.py) and OUT/translated, and writes OUT/results: table1.csv, table2.csv, table3.csv, translations.png (figure 3)
-and segmentations.png (figure 4). It prints the tables, and says what is missing for those that cannot be made yet.
+and segmentations.png (figure 4). It prints the tables, and says what is missing for those that cannot be made yet. With
+--scale below 1 it also prints what the whole experiment would take.
 """
 
 from pathlib import Path
@@ -30,6 +31,7 @@ MODELS = {
 }
 SOURCES = {"Source": "source", "Source, resized": "source_resized"}  # frames at their own size, and at the translations' width
 COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
+FOLDERS = {"train_translator.py": "translators", "translate_dataset.py": "translated", "train_segmenter.py": "segmenters"}
 LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
 FIGURE_ROWS = 4  # frames per figure
@@ -158,11 +160,11 @@ def write_tables(out):
 # Figures
 
 
-def labelled_set(path):
-    """The data set of a run and the names that it excludes, from its args.json."""
-    args = files.read_json(path, "data")
+def data_set(path, argument):
+    """A data set of a run and the names that it excludes, from its args.json."""
+    args = files.read_json(path, argument)
     is_there = args.get("exclude") and Path(args["exclude"]).is_file()
-    return args["data"], data.read_names(args["exclude"]) if is_there else ()
+    return args[argument], data.read_names(args["exclude"]) if is_there else ()
 
 
 def translations_figure(out):
@@ -173,7 +175,7 @@ def translations_figure(out):
     if not folders or not settings.is_file():
         print(f"Figure 3 needs {settings if folders else out / 'translated/*/images'}: left out")
         return
-    source, exclude = labelled_set(settings)
+    source, exclude = data_set(settings, "data")
     folders = {"Source": source, **folders}
     frames = [data.list_frames(folder, labelled=False, exclude=exclude) for folder in folders.values()]
     images = [{frame.name: frame.image for frame in listed} for listed in frames]
@@ -186,11 +188,11 @@ def segmentations_figure(out):
     """Figure 4: frames of the target's val split, the predictions of Source Only and CLADA, and the ground truth."""
     models = ("Source Only", "CLADA")
     runs = [out / "segmenters" / MODELS[model] for model in models]
-    settings = out / "segmenters" / "oracle" / "args.json"
-    if missing := [path for path in (*(run / "weights.pt" for run in runs), settings) if not path.is_file()]:
+    needed = [run / name for run in runs for name in ("weights.pt", "evaluation.json")]  # evaluated: the target has labels
+    if missing := [path for path in needed if not path.is_file()]:
         print(f"Figure 4 needs {', '.join(map(str, missing))}: left out")
         return
-    target, exclude = labelled_set(settings)
+    target, exclude = data_set(runs[1] / "args.json", "target")
     device = torch.device("cpu")
     autocast = runtime.autocast(device, "fp32")
     segmenters = [load_segmenter(run, "OUT", device) for run in runs]
@@ -210,16 +212,55 @@ def evenly_spaced(items):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Forecast
+
+
+def forecast(out, scale):
+    """What run_all.sh would take with ITERATIONS_SCALE=1 after a trial with `scale` -> rows of a table, one per script.
+
+    A trainer's further steps take as long as the trial's; everything else takes the time that OUT/times.csv has for it.
+    """
+    seconds, memory, longest = {}, {}, {}
+    for row in files.read_csv(out / "times.csv", "script", "stage", "seconds"):  # a stage that was resumed has several rows
+        key = row["script"], row["stage"]
+        longest[key] = max(longest.get(key, 0), float(row["seconds"]))
+    for (script, _), wall in longest.items():
+        seconds[script] = seconds.get(script, 0) + wall
+    for path in sorted(out.glob("*/*/summary.json")):
+        script, run = files.read_json(path.with_name("args.json"), "script")["script"], files.read_json(path, *COST)
+        further = run["iterations"] * (1 / scale - 1)
+        seconds[script] = seconds.get(script, 0) + further * (run["seconds_per_iteration"] + run["wait_seconds"])
+        memory[script] = max(memory.get(script, 0), run["peak_memory_mib"])
+    rows = [[script, seconds[script] / 3600, memory.get(script), FOLDERS.get(script)] for script in seconds]
+    rows.append(["all", sum(seconds.values()) / 3600, max(memory.values(), default=None), ""])
+    return [
+        {
+            "script": script,
+            "hours": f"{hours:.2f}",
+            "peak memory, MiB": "" if peak is None else f"{peak:.0f}",
+            "disk, GiB": "" if folder is None else f"{size_of(out / folder) / 2**30:.2f}",
+        }
+        for script, hours, peak, folder in rows
+    ]
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
     parser = runtime.parser(__doc__)
     parser.add_argument("out", type=runtime.path, metavar="OUT", help="the folder that run_all.sh fills")
+    parser.add_argument("--scale", type=runtime.positive, default=1.0, help="the ITERATIONS_SCALE of OUT (default 1)")
     return parser.parse_args()
 
 
 def main():
-    out = parse_args().out
+    args = parse_args()
+    out = args.out
     if not any(path for pattern in INPUTS for path in out.glob(pattern)):
         raise ValueError(f"{out}: no {' and no '.join(INPUTS)} there; give the OUT of run_all.sh")
     with files.lock(out / "results", wait=True):
@@ -227,6 +268,9 @@ def main():
         write_tables(out)
         translations_figure(out)
         segmentations_figure(out)
+    if args.scale < 1:
+        title = f"Forecast from this trial (ITERATIONS_SCALE={args.scale:g}): the whole experiment on this machine would take"
+        print_table(title, forecast(out, args.scale))
 
 
 if __name__ == "__main__":

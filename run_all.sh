@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                                        # two synthetic domains, minutes, no GPU needed
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
+#   SOURCE=gta5 TARGET=photos METHODS=fastcut_l5 bash run_all.sh     # CLADA alone, on a folder of photographs without labels
 #   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's small networks and short training on them
 #   bash run_all.sh test                                   # the tests
 #
@@ -10,6 +11,7 @@
 #   SETTINGS           paper or demo (demo without SOURCE and TARGET, paper with them)
 #   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/small)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
+#   ORACLE             no: leave out the Oracle and table 3 (yes; needs labels of the target, as scores do)
 #   SEED               (0)
 #   ITERATIONS_SCALE   factor on every iteration count, for a trial run (with an OUT of its own) (1)
 #   NPROC              processes per stage, by torchrun, one per GPU; batch sizes are per process (1)
@@ -25,7 +27,7 @@ HERE=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 [ -f "$HERE/train_translator.py" ] || HERE=$PWD # Slurm runs a copy of this file, in the folder where sbatch was called
 
 fail() { echo "run_all.sh: $*" >&2; exit 2; }
-title() { printf '\n== %s\n' "$*"; }
+title() { stage=$* && printf '\n== %s\n' "$*"; }
 [ -f "$HERE/train_translator.py" ] || fail "its scripts are neither in its own folder nor in $PWD: run it from the repository"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +70,8 @@ set_up "$HERE/requirements.txt"
 # Settings
 
 METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SCALE=${ITERATIONS_SCALE:-1} NPROC=${NPROC:-1}
-TARGET_SPLITS=${TARGET_SPLITS:-train}
+TARGET_SPLITS=${TARGET_SPLITS:-train} ORACLE=${ORACLE:-yes}
+case $ORACLE in yes | no) ;; *) fail "ORACLE is $ORACLE: yes or no" ;; esac
 case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
 [[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed"
 for method in $METHODS; do
@@ -122,16 +125,16 @@ split segmenter "${SEGMENTER_ARGS:-}"
 split adapter "${ADAPT_ARGS:-}"
 
 # Scripts run in the background, so that a signal is passed on at once and they can save their work.
-run() {
-    "$PYTHON" "$HERE/$1" "${@:2}" &
-    wait $!
-}
-run_on_all() { # the same in NPROC processes
-    if [ "$NPROC" = 1 ]; then run "$@"; return; fi
+run() { # SCRIPT ARG...
+    local started=$SECONDS launcher=()
     # An address, because a container's host name may not resolve.
-    "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$NPROC" "$HERE/$1" "${@:2}" &
+    [ "$processes" = 1 ] || launcher=(-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes")
+    "$PYTHON" "${launcher[@]}" "$HERE/$1" "${@:2}" &
     wait $!
+    echo "$1,\"$stage\",$((SECONDS - started))" >>"$OUT/times.csv" # for the forecast
 }
+run_on_all() { processes=$NPROC run "$@"; }
+processes=1
 stop() { # EXIT_STATUS
     trap '' TERM INT HUP
     local child
@@ -147,6 +150,7 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_T
 name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; esac; }
 photos_of() { # DATA_SET SPLITS: the folder of its images; of several splits, a folder of links to theirs
     if [ -d "$1/images" ]; then echo "$1/images"; return; fi
+    if [ ! -d "$1/leftImg8bit" ]; then echo "$1"; return; fi
     case $2 in *,*) ;; *) echo "$1/leftImg8bit/$2"; return ;; esac
     local links=$OUT/photos/$2
     mkdir -p "$links"
@@ -167,6 +171,7 @@ adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
         --segmenter "$OUT/segmenters/$start" --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
 }
 evaluate() { # MODEL NAME
+    [ $scored = yes ] || return 0
     run_on_all evaluate.py --segmenter "$OUT/segmenters/$2" --data "$TARGET" --split val --name "$1" \
         --skip-done "${readers[@]}" "${exclude[@]}"
 }
@@ -184,17 +189,34 @@ if [ -n "${SOURCE:-}" ]; then
     case $OUT/ in "$SOURCE"/* | "$TARGET"/*) fail "OUT=$OUT: lies inside SOURCE or TARGET, which are only read" ;; esac
 fi
 mkdir -p "$OUT"
-if [ -z "${SOURCE:-}" ]; then
+is_drawn=no scored=yes # until the preflight finds no labels
+[ -n "${SOURCE:-}" ] || is_drawn=yes SOURCE=$OUT/data/source TARGET=$OUT/data/target
+state() { # a hash of all that the results depend on, and of what is there: words, code, every file's name, size and time
+    local words=("$SETTINGS" "$METHODS" "$SEED" "$ITERATIONS_SCALE" "$NPROC" "$TARGET_SPLITS" "$ORACLE" "$FID_WEIGHTS" "${CACHE:-}")
+    words+=("${EXCLUDE:-}" "${common[@]}" "${translator[@]}" "${segmenter[@]}" "${adapter[@]}" "${readers[@]}")
+    local word paths=("$SOURCE" "$TARGET" "$OUT" "$HERE"/*.py "$HERE/run_all.sh" "$HERE/demo")
+    for word in "${words[@]}"; do [ ! -f "$word" ] || paths+=("$word"); done
+    { printf '%s\n' "${words[@]}" && find -L "${paths[@]}" -type f ! -name .finished -printf '%p %s %T@\n' 2>/dev/null | sort; } | sha256sum
+}
+if [ -f "$OUT/.finished" ] && [ "$(state)" = "$(cat "$OUT/.finished")" ]; then
+    echo "run_all.sh: finished, and nothing has changed: tables and figures are in $OUT/results"
+    exit
+fi
+[ -f "$OUT/times.csv" ] || echo script,stage,seconds >"$OUT/times.csv"
+if [ $is_drawn = yes ]; then
     title "Stage 0: draw two synthetic domains"
     run demo/make_demo_data.py "$OUT/data" --seed "$SEED" --source-count 160 --target-count 100 --val-count 40
-    SOURCE=$OUT/data/source TARGET=$OUT/data/target
 else
     title "Preflight: check data, weights and disk"
-    run data.py "$TARGET" --split val "${exclude[@]}"
-    [ -d "$TARGET/leftImg8bit/val" ] || fail "TARGET=$TARGET: no leftImg8bit/val there, which the evaluation needs"
+    if [ -d "$TARGET/leftImg8bit/val" ] && [ -d "$TARGET/gtFine/val" ]; then
+        run data.py "$TARGET" --split val "${exclude[@]}"
+    else
+        scored=no ORACLE=no
+        echo "TARGET=$TARGET: no labelled val split there. Left out: the Oracle, scores, tables 2 and 3; figure 4 becomes predictions"
+    fi
     for method in $METHODS; do train_translator "$method" --check; done
     train_segmenter source_only "$SOURCE" $segment --check
-    train_segmenter oracle "$TARGET" $segment --check
+    [ $ORACLE = no ] || train_segmenter oracle "$TARGET" $segment --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
     # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
@@ -209,9 +231,11 @@ fi
 title "Stage 3: Source Only, the lower bound"
 train_segmenter source_only "$SOURCE" $segment
 evaluate "Source Only" source_only
-title "Stage 3: Oracle, the upper bound"
-train_segmenter oracle "$TARGET" $segment
-evaluate Oracle oracle
+if [ $ORACLE = yes ]; then
+    title "Stage 3: Oracle, the upper bound"
+    train_segmenter oracle "$TARGET" $segment
+    evaluate Oracle oracle
+fi
 title "Distance of source and target"
 distance source "$(photos_of "$SOURCE" train)"
 
@@ -250,4 +274,14 @@ else
 fi
 
 title "Tables and figures, in $OUT/results"
-run report.py "$OUT"
+run report.py "$OUT" --scale "$ITERATIONS_SCALE"
+if [ $scored = no ]; then
+    last=source_only
+    for name in $METHODS clada; do [ ! -f "$OUT/segmenters/$name/weights.pt" ] || last=$name; done
+    title "Predictions of $last for a sample of TARGET, in $OUT/results/predictions"
+    readarray -t sample < <(find -L "$(photos_of "$TARGET" "$TARGET_SPLITS")" -type f -iregex '.*[.]\(png\|jpe?g\)' | sort)
+    for ((i = 0; i < ${#sample[@]}; i += (${#sample[@]} + 7) / 8)); do chosen+=("${sample[i]}"); done
+    rm -rf "$OUT/results/predictions"
+    run predict.py --segmenter "$OUT/segmenters/$last" --images "${chosen[@]}" --out "$OUT/results/predictions" --overlay "${readers[@]}"
+fi
+state >"$OUT/.finished"

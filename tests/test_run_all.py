@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import types
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 import data
 import fid
 import models
+import report
 
 pytestmark = pytest.mark.xdist_group("run_all")  # one process makes the fixture below, once
 SMALL = "--device cpu --width 128 --log-every 1"
@@ -79,6 +81,54 @@ def test_target_splits_reach_the_translators_stage_4_and_fid(everything):
     for run_ in ("translators/cyclegan", "translators/fastcut_l5", "segmenters/clada", "segmenters/control"):
         assert json.loads((out / run_ / "args.json").read_text())["frames_of_target"].startswith("5 frames")
     assert len(fid.find_images(out / "photos" / "train,val")) == 5
+
+
+def test_a_finished_experiment_is_skipped_at_once_until_data_or_words_change(everything, pair, tmp_path):
+    out, _ = everything
+    shutil.copytree(pair / "source", tmp_path / "source")
+    given = settings(pair, out, workers=0) | {"METHODS": "fastcut_l5"}
+    given |= {"OUT": str(tmp_path / "out"), "SOURCE": str(tmp_path / "source"), "ORACLE": "no"}
+    first = run("bash", ROOT / "run_all.sh", **given)
+    assert first.returncode == 0 and "Table 3 needs Oracle" in first.stdout, first.stderr
+    assert (tmp_path / "out" / "results" / "segmentations.png").is_file()  # needs labels, but no Oracle
+    started = time.monotonic()
+    again = run("bash", ROOT / "run_all.sh", **given)
+    assert again.returncode == 0 and "finished, and nothing has changed" in again.stdout and time.monotonic() < started + 10
+    assert "== " not in again.stdout
+
+    lr = run("bash", ROOT / "run_all.sh", **given | {"SEGMENTER_ARGS": given["SEGMENTER_ARGS"] + " --lr 1e-3"})
+    assert lr.returncode == 2 and "--lr (was 0.0002, is now 0.001)" in lr.stderr
+    label = next((tmp_path / "source" / "labels").iterdir())
+    Image.open(label).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(label)
+    changed = run("bash", ROOT / "run_all.sh", **given)
+    assert changed.returncode == 2 and "content of --data" in changed.stderr
+
+
+def test_a_trial_ends_with_a_forecast(everything):
+    out, printed = everything
+    rows = {row["script"]: row for row in report.forecast(out, 0.000005)}
+    assert {"train_translator.py", "train_segmenter.py", "adapt_features.py", "fid.py", "all"} <= rows.keys()
+    hours = 0
+    for name in ("cyclegan", "fastcut_l5"):
+        summary = json.loads((out / "translators" / name / "summary.json").read_text())
+        hours += 400_000 * (summary["seconds_per_iteration"] + summary["wait_seconds"]) / 3600
+    assert float(rows["train_translator.py"]["hours"]) == pytest.approx(hours, rel=0.01, abs=0.02)
+    assert float(rows["train_translator.py"]["peak memory, MiB"]) > 100 and float(rows["fid.py"]["hours"]) < 0.1
+    assert "Forecast from this trial" in printed and "train_segmenter.py" in printed
+
+
+def test_a_target_without_labels(pair, tmp_path):
+    """A plain folder of photographs: no Oracle, no scores, and predictions at the end."""
+    given = settings(pair, tmp_path / "out", workers=0) | {"METHODS": "fastcut_l5"}
+    done = run("bash", ROOT / "run_all.sh", **given | {"TARGET": str(pair / "target" / "leftImg8bit" / "train" / "a city")})
+    assert done.returncode == 2
+    (city,) = (pair / "target" / "leftImg8bit" / "train").iterdir()
+    done = run("bash", ROOT / "run_all.sh", **given | {"TARGET": str(city)})
+    assert done.returncode == 0 and "no labelled val split there. Left out: the Oracle, scores" in done.stdout, done.stderr
+    results = tmp_path / "out" / "results"
+    assert sorted(path.name for path in results.glob("*.*")) == [".lock", "table1.csv", "translations.png"]
+    assert len([*results.glob("predictions/*.png")]) == len([*results.glob("predictions/*_overlay.jpg")]) == 3
+    assert not (tmp_path / "out" / "segmenters" / "oracle").exists()
 
 
 def test_run_all_draws_both_figures(everything):
