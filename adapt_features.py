@@ -118,14 +118,16 @@ def main():
         return
     data.check_frames(source, args.width, args.crop_size)
     torch.manual_seed(args.seed)
-    segmenter = synchronise_batchnorm(models.load_network(weights, models.UNet, run.device), run.device)
+    segmenter = models.load_network(weights, models.UNet, run.device)
+    source.classes.check_same(data.Classes(segmenter.classes or data.CITYSCAPES.rows), "--source and --segmenter")
+    segmenter = synchronise_batchnorm(segmenter, run.device)
     segmenter.to(memory_format=torch.channels_last).train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
     opt_segmenter = adam(segmenter.parameters(), lr=args.lr)
     opt_discriminator = adam(discriminator.parameters(), lr=args.discriminator_lr)
     optimizers, gate = dict(opt_segmenter=opt_segmenter, opt_discriminator=opt_discriminator), Gate(args.gate, run.device)
     networks = dict(segmenter=segmenter, discriminator=discriminator)
-    run.restore(lambda: models.network_state(segmenter, args.width), **networks, **optimizers, gate=gate)
+    run.restore(lambda: models.network_state(segmenter, args.width, source.classes.rows), **networks, **optimizers, gate=gate)
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
     labelled = data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache)

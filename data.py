@@ -8,11 +8,12 @@ Two layouts, recognised by their folders (Richter et al. 2016; Cordts et al. 201
     GTA5        DIR/images/NAME.{png,jpg}  DIR/labels/NAME.png
     Cityscapes  DIR/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png  DIR/gtFine/SPLIT/CITY/*_gtFine_labelIds.png
 Where labels are not read, any other folder with PNG or JPEG files in it or below will do. Label files hold Cityscapes
-label ids (0 to 33). Training and evaluation use train ids (0 to 18) and VOID (255).
+label ids (0 to 33), or those of DIR/classes.csv (`read_classes`). Training and evaluation use train ids and VOID (255).
 """
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import logging
 import os
@@ -21,6 +22,8 @@ import signal
 import sys
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +35,6 @@ from torchvision.transforms import InterpolationMode, v2
 
 VOID = 255
 CLASSES = [c for c in Cityscapes.classes if 0 <= c.train_id < VOID]  # the 19 evaluated classes, ordered by train id
-CLASS_NAMES = [c.name for c in CLASSES]
-TRAIN_IDS = np.full(256, VOID, dtype=np.uint8)  # label id -> train id, VOID unless the class is evaluated
-TRAIN_IDS[[c.id for c in CLASSES]] = [c.train_id for c in CLASSES]
-ID_COLOURS = np.zeros((256, 3), dtype=np.uint8)  # label id -> Cityscapes colour, black where there is none
-ID_COLOURS[[c.id for c in Cityscapes.classes if c.id >= 0]] = [c.color for c in Cityscapes.classes if c.id >= 0]
-PALETTE = ID_COLOURS[[c.id for c in CLASSES]]  # (19, 3): train id -> colour
 LAYOUTS = {  # folder and ending of images, and of labels
     "GTA5": (("images", ""), ("labels", "")),
     "Cityscapes": (("leftImg8bit", "_leftImg8bit"), ("gtFine", "_gtFine_labelIds")),
@@ -48,15 +45,69 @@ log = logging.getLogger("data")
 Frame = namedtuple("Frame", "name image label size")
 
 
-class FrameList(list):
-    """The usable frames of a data set, and `left_out`, a dict {name: reason} of the frames that are left out."""
+class Classes:
+    """The classes of a data set: rows (label id, name, train id, red, green, blue); train id VOID where not evaluated.
 
-    def __init__(self):
-        self.left_out = {}
+    names: by train id. label_ids: train id -> label id. train_ids: label id -> train id. colours: label id -> RGB, black where
+    there is none. palette: train id -> RGB. Several label ids may share a train id; its name and colour are those of the first.
+    """
+
+    def __init__(self, rows):
+        self.rows = [tuple(row) for row in rows]
+        evaluated = {row[2]: row for row in reversed(self.rows) if row[2] != VOID}
+        self.names = [evaluated[train_id][1] for train_id in sorted(evaluated)]
+        self.label_ids = np.array([evaluated[train_id][0] for train_id in sorted(evaluated)], dtype=np.uint8)
+        self.train_ids, self.colours = np.full(256, VOID, dtype=np.uint8), np.zeros((256, 3), dtype=np.uint8)
+        for label_id, _, train_id, *colour in self.rows:
+            self.train_ids[label_id], self.colours[label_id] = train_id, colour
+        self.palette = self.colours[self.label_ids]
+
+    def check_same(self, other, what):
+        """Raise ValueError, saying where they differ, unless another table is the same."""
+        for one, two in zip_longest(self.rows, other.rows):
+            if one != two:
+                raise ValueError(f"{what}: the tables of classes differ: {one or 'nothing'} and {two or 'nothing'}")
+
+
+CITYSCAPES = Classes((c.id, c.name, c.train_id if c.train_id >= 0 else VOID, *c.color) for c in Cityscapes.classes if c.id >= 0)
+CLASS_NAMES, TRAIN_IDS, ID_COLOURS, PALETTE = CITYSCAPES.names, CITYSCAPES.train_ids, CITYSCAPES.colours, CITYSCAPES.palette
+
+
+def read_classes(root):
+    """The classes of a data set: its classes.csv, with columns id, name, train_id, red, green, blue, or else Cityscapes'."""
+    path = Path(root) / "classes.csv"
+    if not path.is_file():
+        return CITYSCAPES
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            numbers = ("train_id", "red", "green", "blue")
+            rows = [(int(row["id"]), row["name"].strip(), *(int(row[n]) for n in numbers)) for row in csv.DictReader(file)]
+        rows[0]  # an empty table
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{printable(path)}: columns id, name, train_id, red, green, blue are needed, with integers"
+        ) from error
+    ids, trained = [row[0] for row in rows], {row[2] for row in rows} - {VOID}
+    if not all(0 <= number <= 255 for row in rows for number in (row[0], *row[2:])) or VOID in ids:
+        raise ValueError(f"{printable(path)}: ids from 0 to 254, train ids and colours from 0 to 255 are needed")
+    if repeated := [label_id for label_id, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"{printable(path)}: id {repeated[0]} stands there more than once")
+    names = Classes(rows).names
+    if trained != {*range(len(trained))} or len({*names}) < len(names) or not trained:
+        raise ValueError(f"{printable(path)}: train ids must be 0, 1, 2, ... (255: not evaluated), with different names")
+    return Classes(rows)
+
+
+class FrameList(list):
+    """The usable frames of a data set, its `classes`, and `left_out`, {name: reason} of the frames that are left out."""
+
+    def __init__(self, classes=CITYSCAPES):
+        self.classes, self.left_out = classes, {}
 
     def fingerprint(self):
         """Return the number of frames and a hash of their names and sizes; independent of where the data set is stored."""
-        return f"{len(self)} frames, {_hash(f'{frame.name} {frame.size}' for frame in self)[:12]}"
+        classes = [] if self.classes is CITYSCAPES else map(str, self.classes.rows)
+        return f"{len(self)} frames, {_hash([*(f'{frame.name} {frame.size}' for frame in self), *classes])[:12]}"
 
     def content(self, images=False):
         """Return a hash of the labels' bytes and of the image files' sizes; with `images`, of the images' bytes too."""
@@ -92,7 +143,7 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     exclude: names of frames to leave out (read_names). Pairs in GTA5's layout whose image and label differ in size are left
     out too (about sixty in GTA5, 20801 to 20860). Logs how many are left out. Raises ValueError for any other problem.
     """
-    frames = FrameList()
+    frames = FrameList(read_classes(root) if labelled else CITYSCAPES)
     problems = [*_problems(frames, Path(root), split, labelled, exclude)]
     if not frames and not problems:
         problems = [f"{printable(root)}: no image (.png, .jpg) to use; {len(frames.left_out)} left out"]
@@ -114,7 +165,7 @@ def list_images(paths, split="val", exclude=()):
             listed = list_frames(path, split, labelled=False, exclude=exclude)
             frames.left_out |= listed.left_out
         else:
-            frame, _, problems = _examine(Frame(path.stem, path, None, None), decode=False)
+            frame, _, problems = _examine(Frame(path.stem, path, None, None), CITYSCAPES, decode=False)
             if problems:
                 raise ValueError(problems[0])
             listed = [frame]
@@ -135,11 +186,11 @@ def check_frames(frames, width=None, crop=None):
     if too_small:
         least = f"the crop of {least_h}x{least_w} (HxW): lower --crop-size" if crop else "the minimum of 16x16"
         raise ValueError(f"{too_small[0]} {least}" + f" ({len(too_small)} of {len(frames)} frames)" * (len(frames) > 1))
-    labels, ids = [frame.label for frame in frames if frame.label], set()
+    labels, ids, classes = [frame.label for frame in frames if frame.label], set(), getattr(frames, "classes", CITYSCAPES)
     for label in labels:  # usually the first one settles it
-        ids.update(load_label_ids(label).unique().tolist())
-        is_void = all(TRAIN_IDS[i] == VOID for i in ids)
-        if not is_void and ids & {*range(19, 34)}:
+        ids.update(load_label_ids(label, classes).unique().tolist())
+        is_void = all(classes.train_ids[i] == VOID for i in ids)
+        if not is_void and (ids & {*range(19, 34)} or classes is not CITYSCAPES):
             return
     if labels and is_void:  # such as Cityscapes' test split
         raise ValueError(f"{printable(labels[0])}: all void, as are all {len(labels)} labels; label ids are needed")
@@ -169,7 +220,7 @@ def _problems(frames, root, split, labelled, exclude, decode=False):
             else:
                 pairs.append(Frame(name, image[0], label[0] if labelled else None, None))
     with ThreadPoolExecutor(os.cpu_count() if decode else 16) as pool:  # decoding needs a core; reading headers mostly waits
-        for frame, differs, problems in pool.map(lambda frame: _examine(frame, decode), pairs):
+        for frame, differs, problems in pool.map(lambda frame: _examine(frame, frames.classes, decode), pairs):
             if differs and layout == "GTA5":
                 frames.left_out[frame.name] = "left out, because image and label differ in size"
             elif differs or problems:
@@ -192,12 +243,13 @@ def _by_name(root, folder, ending, part, layout, suffixes):
     return found
 
 
-def _examine(frame, decode):
+def _examine(frame, classes, decode):
     """Check a frame's files -> (frame with its size, whether its label has another size, list of problems)."""
     problems, sizes = [], {}
-    for path, load in ((frame.image, load_image), (frame.label, load_label_ids))[: 2 if frame.label else 1]:
+    load_ids = partial(load_label_ids, classes=classes)
+    for path, load in ((frame.image, load_image), (frame.label, load_ids))[: 2 if frame.label else 1]:
         try:
-            sizes[load] = tuple(load(path).shape[:-3:-1]) if decode else _read(path, load is load_label_ids, True)[0]
+            sizes[load] = tuple(load(path).shape[:-3:-1]) if decode else _read(path, load is load_ids, True)[0]
             if load is load_image:  # at least 16x16
                 check_frames([Frame(frame.name, path, None, sizes[load])])
         except ValueError as error:
@@ -251,28 +303,33 @@ def load_image(path):
     return tv_tensors.Image(torch.from_numpy(_read(path)[1]).permute(2, 0, 1))
 
 
-def load_label_ids(path):
+def load_label_ids(path, classes=CITYSCAPES):
     """Load a grey or palette PNG of label ids -> tv_tensors.Mask (H, W) uint8. Raises ValueError, for unknown ids too."""
     _, ids, palette = _read(path, is_label=True)
     used = np.flatnonzero(np.bincount(ids.ravel()))
     # 34 occurs in GTA5 as published; 255 is accepted as void because some tools write void that way (ours).
-    if unknown := {*used.tolist()} - {*range(35), 255}:
-        raise ValueError(f"{printable(path)}: label ids {sorted(unknown)} are not in Cityscapes' table (0 to 33)")
+    known, table = {row[0] for row in classes.rows} | {255}, "classes.csv"
+    if classes is CITYSCAPES:
+        known, table = known | {34}, "Cityscapes' table (0 to 33)"
+    if unknown := {*used.tolist()} - known:
+        raise ValueError(f"{printable(path)}: label ids {sorted(unknown)} are not in {table}")
     # Pillow's quantize(), for one, gives Cityscapes' colours other indices: then indices are not label ids.
     colours = np.array(palette or []).reshape(-1, 3)
     used = used[used < len(colours)]
     used = used[colours[used].any(1)]  # black proves nothing: it is also the colour of void and of unused entries
-    matches = (colours[used, None] == ID_COLOURS).all(2)  # (used indices, label ids)
+    matches = (colours[used, None] == classes.colours).all(2)  # (used indices, label ids)
     wrong = np.flatnonzero(matches.any(1) & ~matches[np.arange(len(used)), used])
     if len(wrong) and 2 * matches.any(1).sum() > len(used):
         found = f"index {used[wrong[0]]} has the colour of label id {matches[wrong[0]].argmax()}"
-        raise ValueError(f"{printable(path)}: Cityscapes' colours, but {found}; indices must be label ids")
+        raise ValueError(
+            f"{printable(path)}: colours of {table.partition(' table')[0]}, but {found}; indices must be label ids"
+        )
     return tv_tensors.Mask(torch.from_numpy(ids.astype(np.uint8)))
 
 
-def load_label(path):
-    """Load a PNG of label ids -> tv_tensors.Mask (H, W) uint8 of train ids, 0 to 18 and VOID. Raises ValueError."""
-    return tv_tensors.Mask(torch.from_numpy(TRAIN_IDS)[load_label_ids(path).long()])
+def load_label(path, classes=CITYSCAPES):
+    """Load a PNG of label ids -> tv_tensors.Mask (H, W) uint8 of train ids and VOID. Raises ValueError."""
+    return tv_tensors.Mask(torch.from_numpy(classes.train_ids)[load_label_ids(path, classes).long()])
 
 
 def resize_to_width(frame, width):
@@ -324,7 +381,7 @@ class Crops(torch.utils.data.Dataset):
 
     def __init__(self, frames, width, crop, length, seed=0, stream=0, labelled=False, cache=None):
         self.frames, self.width, self.length, self.labelled = frames, width, length, labelled
-        self.seed, self.stream, self.cache = seed, stream, cache
+        self.seed, self.stream, self.cache, self.classes = seed, stream, cache, frames.classes
         self.augment = v2.Compose([v2.RandomCrop(crop), v2.RandomHorizontalFlip()])
 
     def __len__(self):
@@ -339,11 +396,11 @@ class Crops(torch.utils.data.Dataset):
         frame = self.frame(k)
         sample = [load_at_width(frame.image, self.width, cache=self.cache)]
         if self.labelled:
-            sample.append(load_at_width(frame.label, self.width, load_label_ids, self.cache))
+            sample.append(load_at_width(frame.label, self.width, partial(load_label_ids, classes=self.classes), self.cache))
         with torch.random.fork_rng(devices=[]):  # the transforms use torch's global generator
             torch.manual_seed(_mix(self.seed, self.stream, 1, k))
             image, *label_ids = (part.as_subclass(torch.Tensor) for part in self.augment(sample))
-        return (image, torch.from_numpy(TRAIN_IDS)[label_ids[0].long()]) if self.labelled else image
+        return (image, torch.from_numpy(self.classes.train_ids)[label_ids[0].long()]) if self.labelled else image
 
 
 def _mix(*numbers):  # one seed, so that consecutive k give unrelated samples
@@ -353,8 +410,8 @@ def _mix(*numbers):  # one seed, so that consecutive k give unrelated samples
 class Frames(torch.utils.data.Dataset):
     """Whole frames in order: (3, h, w) uint8 at `width`, and if labelled (H, W) uint8 train ids at the label's own size."""
 
-    def __init__(self, frames, width):
-        self.frames, self.width = frames, width
+    def __init__(self, frames, width, classes=CITYSCAPES):
+        self.frames, self.width, self.classes = frames, width, classes
 
     def __len__(self):
         return len(self.frames)
@@ -364,7 +421,8 @@ class Frames(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         frame = self.frames[i]
-        sample = [resize_to_width(load_image(frame.image), self.width), *([load_label(frame.label)] if frame.label else [])]
+        labels = [load_label(frame.label, self.classes)] if frame.label else []
+        sample = [resize_to_width(load_image(frame.image), self.width), *labels]
         return [part.as_subclass(torch.Tensor) for part in sample]
 
 
@@ -378,9 +436,10 @@ def to_unit(images):
     return images.float() / 255
 
 
-def colourise(train_ids):
-    """Convert train ids (..., H, W) to Cityscapes' colours (..., 3, H, W) uint8; void is black."""
-    return torch.from_numpy(np.pad(PALETTE, ((0, 256 - len(PALETTE)), (0, 0))))[train_ids.long()].movedim(-1, -3)
+def colourise(train_ids, classes=CITYSCAPES):
+    """Convert train ids (..., H, W) to the classes' colours (..., 3, H, W) uint8; void is black."""
+    palette = np.pad(classes.palette, ((0, 256 - len(classes.palette)), (0, 0)))
+    return torch.from_numpy(palette)[train_ids.long()].movedim(-1, -3)
 
 
 def main():
@@ -398,7 +457,8 @@ def main():
     folder, count = printable(args.folder), 0
     try:
         data_set = Path(args.folder), args.split, not args.unlabelled, read_names(args.exclude) if args.exclude else ()
-        for problem in _problems(FrameList(), *data_set, decode=True) if args.check_data else ():
+        found = FrameList(CITYSCAPES if args.unlabelled else read_classes(args.folder))
+        for problem in _problems(found, *data_set, decode=True) if args.check_data else ():
             print(problem, flush=True)
             count += 1
         if count:
@@ -412,8 +472,10 @@ def main():
             if plain := [printable(frame.name) for frame, is_varied in zip(frames, varied) if not is_varied]:
                 print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n")
         if args.check_data and not args.unlabelled:
-            counts = sum(ThreadPoolExecutor().map(lambda f: np.bincount(load_label(f.label).ravel(), minlength=256), frames))
-            for name, pixels in zip([*CLASS_NAMES, "void"], [*counts[: len(CLASS_NAMES)], counts[VOID]]):
+            classes = frames.classes
+            count = lambda f: np.bincount(load_label(f.label, classes).ravel(), minlength=256)  # noqa: E731
+            counts = sum(ThreadPoolExecutor().map(count, frames))
+            for name, pixels in zip([*classes.names, "void"], [*counts[: len(classes.names)], counts[VOID]]):
                 print(f"  {name:<14}{pixels / counts.sum():7.2%}")
     except (ValueError, OSError) as error:
         print(f"data.py: {printable(error)}", file=sys.stderr)

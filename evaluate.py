@@ -27,8 +27,7 @@ import runtime
 
 log = logging.getLogger("evaluate")
 MEANS = ("mIoU", "fwIoU", "pixel_accuracy")
-COLUMNS = ("model", *MEANS, *data.CLASS_NAMES)  # of table 2
-LABEL_IDS = np.array([c.id for c in data.CLASSES], dtype=np.uint8)  # train id -> label id
+COLUMNS = ("model", *MEANS)  # of table 2, before those of the classes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,8 +74,12 @@ def scores(confusion):
 
 
 def load_segmenter(run, flag, device):
-    """The UNet of a finished run of stage 3 or 4, in eval mode. Raises ValueError naming `flag` if the run is not finished."""
+    """The UNet of a finished run of stage 3 or 4, in eval mode; its `classes` are data.Classes.
+
+    Raises ValueError naming `flag` if the run is not finished.
+    """
     segmenter = models.load_network(files.finished(run, flag), models.UNet, device)
+    segmenter.classes = data.Classes(segmenter.classes or data.CITYSCAPES.rows)
     return segmenter.to(memory_format=torch.channels_last)
 
 
@@ -90,8 +93,8 @@ def predict(segmenter, image, size, autocast):
     return logits[0].argmax(0)
 
 
-def save_prediction(out, frame, prediction, overlay=False):
-    """Write (H, W) train ids to OUT/NAME.png, a palette PNG of Cityscapes label ids in Cityscapes' colours.
+def save_prediction(out, frame, prediction, classes, overlay=False):
+    """Write (H, W) train ids to OUT/NAME.png, a palette PNG of label ids in their colours, Cityscapes' unless `classes` differ.
 
     overlay: also write NAME_overlay.jpg, these colours over the photograph.
     """
@@ -99,11 +102,11 @@ def save_prediction(out, frame, prediction, overlay=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     if overlay:
         photo, buffer = data.load_image(frame.image), io.BytesIO()
-        mixed = (photo.float() + data.colourise(prediction)) / 2
+        mixed = (photo.float() + data.colourise(prediction, classes)) / 2
         Image.fromarray(mixed.round().byte().permute(1, 2, 0).numpy()).save(buffer, format="JPEG", quality=90)
         files.write_whole(path.with_name(f"{path.stem}_overlay.jpg"), buffer.getbuffer())
-    ids = Image.fromarray(LABEL_IDS[prediction.numpy()])
-    ids.putpalette(data.ID_COLOURS.tobytes())
+    ids = Image.fromarray(classes.label_ids[prediction.numpy()])
+    ids.putpalette(classes.colours.tobytes())
     files.write_whole(path, files.png_bytes(ids))  # last: its file marks the frame as finished
 
 
@@ -112,21 +115,22 @@ def evaluate(args, frames, device, precision):
 
     Under torchrun each process predicts every n-th frame and returns the matrix summed over all of them.
     """
-    segmenter = load_segmenter(args.segmenter, "--segmenter", device)
+    segmenter, classes = load_segmenter(args.segmenter, "--segmenter", device), frames.classes
+    classes.check_same(segmenter.classes, "--data and --segmenter")
     data.check_frames(frames, segmenter.width)
     runtime.join_processes(device)
     autocast = runtime.autocast(device, precision)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = frames[runtime.rank() :: runtime.processes()]
-    total = torch.zeros(len(data.CLASSES), len(data.CLASSES), dtype=torch.int64)
+    total = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64)
     indices = [[i] for i in range(len(frames))]  # batches of one, since frames differ in size
-    batches = loading.batches(data.Frames(frames, segmenter.width), indices, args.workers, device, collate=list)
+    batches = loading.batches(data.Frames(frames, segmenter.width, classes), indices, args.workers, device, collate=list)
     with loading.progress(len(frames), args.segmenter) as bar:
         for frame, [(image, label)] in zip(frames, batches, strict=True):
             prediction = predict(segmenter, image, label.shape, autocast)
-            total += confusion_matrix(prediction, label).cpu()
+            total += confusion_matrix(prediction, label, len(classes.names)).cpu()
             if args.save_predictions:
-                save_prediction(args.save_predictions, frame, prediction.cpu())
+                save_prediction(args.save_predictions, frame, prediction.cpu(), classes)
             bar.update()
     return runtime.all_reduce_sum_(total)
 
@@ -135,10 +139,11 @@ def evaluate(args, frames, device, precision):
 # Rows of table 2
 
 
-def table_row(name, result):
+def table_row(name, result, class_names=data.CLASS_NAMES):
     """The `scores` of a model -> its row of table 2: numbers by column, in percent, None where the score is nan."""
     values = [result["miou"], result["fwiou"], result["pixel_accuracy"], *result["iou"].tolist()]
-    return dict(zip(COLUMNS, (name, *(None if np.isnan(value) else 100 * value for value in values)), strict=True))
+    cells = (name, *(None if np.isnan(value) else 100 * value for value in values))
+    return dict(zip((*COLUMNS, *class_names), cells, strict=True))
 
 
 def rounded(row):
@@ -147,7 +152,7 @@ def rounded(row):
 
 
 def read_table(path):
-    """A CSV file with the columns of table 2 -> {model: row}, empty if there is no such file."""
+    """A CSV file with the first columns of table 2 -> {model: row}, empty if there is no such file."""
     return {row["model"]: row for row in files.read_csv(path, *COLUMNS)}
 
 
@@ -161,7 +166,7 @@ def read_evaluation(path):
     """RUN/evaluation.json -> (row of table 2, the settings it was made with). Raises ValueError if the file is not one."""
     settings = files.read_json(path, "row")
     row = settings.pop("row")
-    numbers = [*row.values()][1:] if isinstance(row, dict) and tuple(row) == COLUMNS else [""]
+    numbers = [*row.values()][1:] if isinstance(row, dict) and tuple(row)[: len(COLUMNS)] == COLUMNS else [""]
     if not all(cell is None or isinstance(cell, (int, float)) for cell in numbers):
         raise ValueError(f"{path}: its row is not one of table 2; delete the file and evaluate that run again")
     return row, settings
@@ -221,7 +226,7 @@ def main():
     if runtime.torchrun("RANK", 0) == 0:
         for folder in filter(None, (args.out.parent if args.out else weights.parent, args.save_predictions)):
             files.check_writable(folder)
-    row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])))
+    row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])), frames.classes.names)
     print(f"{name}: " + ", ".join(f"{mean} {rounded(row)[mean]}" for mean in MEANS))
     if runtime.is_first() and args.out:
         add_row(args.out, row)

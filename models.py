@@ -375,13 +375,14 @@ class FeatureDiscriminator(nn.Sequential):
         super().__init__(first, relu, second, relu, nn.Conv2d(width, 1, 1))
 
 
-def network_state(network, width):
-    """Content of weights.pt for a ResnetGenerator or a UNet. width: of the frames that it was trained on, in pixels."""
-    return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), width=width)
+def network_state(network, width, classes=None):
+    """Content of weights.pt for a ResnetGenerator or a UNet. width: of its training frames, in pixels; classes: their table."""
+    kind, state = type(network).__name__, network.state_dict()
+    return dict(network=kind, arguments=network.arguments, state_dict=state, width=width, classes=classes)
 
 
 def load_network(path, expected=None, device="cpu"):
-    """Load a network in eval mode from a run or its weights.pt; network.width is the width in pixels of its training frames.
+    """Load a network in eval mode from a run or its weights.pt; network.width and .classes are as given to `network_state`.
 
     expected: ResnetGenerator or UNet, if the file must hold that class. Raises OSError if the file cannot be read, and
     ValueError naming it if it holds another class or no network. Executes no code from it (`weights_only`).
@@ -392,7 +393,7 @@ def load_network(path, expected=None, device="cpu"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             network = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]](**saved["arguments"])
             network.load_state_dict(saved["state_dict"])
-            network.width = saved["width"]
+            network.width, network.classes = saved["width"], saved.get("classes")
         except Exception as error:  # a damaged file can raise any type
             raise ValueError(f"{path}: not the weights.pt of a finished run, or too old ({type(error).__name__})") from error
     if expected is not None and not isinstance(network, expected):

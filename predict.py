@@ -77,7 +77,7 @@ def main():
         batches = loading.batches(data.Frames(own, segmenter.width), indices, args.workers, device, collate=list)
         for frame, [(image,)] in zip(own, batches, strict=True):
             prediction = predict(segmenter, image, frame.size[::-1], autocast)
-            submit(save_prediction, args.out, frame, prediction.cpu(), args.overlay)
+            submit(save_prediction, args.out, frame, prediction.cpu(), segmenter.classes, args.overlay)
             bar.update()
     runtime.barrier()
 

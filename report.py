@@ -16,7 +16,7 @@ import torch
 import data
 import files
 import runtime
-from evaluate import MEANS, load_segmenter, predict, read_evaluation, rounded
+from evaluate import COLUMNS, MEANS, load_segmenter, predict, read_evaluation, rounded
 
 # The models of table 2 (FastCUT and control are not in the paper's) and the names of their folders, also of translators.
 MODELS = {
@@ -110,7 +110,7 @@ def table3(rows):
     the part that each other model recovers. Cells are empty where there is no such number.
     """
     others, table = [model for model in rows if model not in ("Source Only", "CLADA", "Oracle")], []
-    for name in (*data.CLASS_NAMES, "mIoU"):
+    for name in [name for name in rows["Oracle"] if name not in COLUMNS] + ["mIoU"]:
         scores = {model: row[name] for model, row in rows.items()}
         source, clada, oracle = (scores.get(model) for model in ("Source Only", "CLADA", "Oracle"))
         gaps = [None if None in (score, oracle) else oracle - score for score in (source, clada)]
@@ -197,12 +197,14 @@ def segmentations_figure(out):
     autocast = runtime.autocast(device, "fp32")
     segmenters = [load_segmenter(run, "OUT", device) for run in runs]
     rows = []
-    for frame in evenly_spaced(data.list_frames(target, "val", exclude=exclude)):
-        image, label = data.load_image(frame.image), data.load_label(frame.label)
+    frames = data.list_frames(target, "val", exclude=exclude)
+    classes = frames.classes
+    for frame in evenly_spaced(frames):
+        image, label = data.load_image(frame.image), data.load_label(frame.label, classes)
         inputs = [(segmenter, data.resize_to_width(image, segmenter.width)) for segmenter in segmenters]
         maps = [*(predict(segmenter, resized, label.shape, autocast) for segmenter, resized in inputs), label]
-        rows.append([image, *map(data.colourise, maps)])
-    legend = dict(zip(data.CLASS_NAMES, map(tuple, data.PALETTE.tolist()), strict=True))
+        rows.append([image, *(data.colourise(ids, classes) for ids in maps)])
+    legend = dict(zip(classes.names, map(tuple, classes.palette.tolist()), strict=True))
     files.write_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend)
 
 

@@ -63,13 +63,14 @@ def main():
         return
     data.check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
-    segmenter = synchronise_batchnorm(models.UNet(len(data.CLASSES), args.encoder, weights), run.device)
+    segmenter = synchronise_batchnorm(models.UNet(len(frames.classes.names), args.encoder, weights), run.device)
     if args.check:  # only now, so that --check also loads the encoder's weights
         run.print_check()
         return
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = adam(segmenter.parameters(), lr=args.lr)
-    run.restore(lambda: models.network_state(segmenter, args.width), segmenter=segmenter, optimizer=optimizer)
+    content = lambda: models.network_state(segmenter, args.width, frames.classes.rows)  # noqa: E731
+    run.restore(content, segmenter=segmenter, optimizer=optimizer)
     autocast = runtime.autocast(run.device, args.precision)
 
     def step(images, labels):
@@ -87,7 +88,7 @@ def main():
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
         logits, loss = graphed_step(images, labels)
         maps = lambda: {"prediction": logits.argmax(1), "label": labels}  # noqa: B023, E731 - called at once
-        colours = lambda: {title: data.colourise(ids.cpu()) / 255 for title, ids in maps().items()}  # noqa: B023, E731
+        colours = lambda: {title: data.colourise(ids.cpu(), frames.classes) / 255 for title, ids in maps().items()}  # noqa: B023, E731
         run.log({"loss": loss}, grid=lambda: {"image": images, **colours()}, lr=lr)  # noqa: B023
     run.finish()
 

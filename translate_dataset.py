@@ -10,6 +10,7 @@ interrupted run.
 
 import itertools
 import logging
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -46,8 +47,8 @@ def parse_args():
 class ResizedPairs(Dataset):
     """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`."""
 
-    def __init__(self, frames, width):
-        self.frames, self.width = frames, width
+    def __init__(self, frames, width, classes):
+        self.frames, self.width, self.classes = frames, width, classes
 
     def __len__(self):
         return len(self.frames)
@@ -60,7 +61,7 @@ class ResizedPairs(Dataset):
         image = data.resize_to_width(data.load_image(frame.image), self.width)
         if frame.label is None:
             return frame.name, image.as_subclass(torch.Tensor), None
-        ids = data.resize_to_width(data.load_label_ids(frame.label), self.width)
+        ids = data.resize_to_width(data.load_label_ids(frame.label, self.classes), self.width)
         return frame.name, image.as_subclass(torch.Tensor), ids.as_subclass(torch.Tensor)
 
 
@@ -96,6 +97,8 @@ def open_out(args, settings, frames):
             (args.out / part).mkdir(exist_ok=True)
         files.clear_parts(args.out)
         files.write_json(path, settings)
+        if frames.classes is not data.CITYSCAPES:
+            files.write_whole(args.out / "classes.csv", (Path(args.source[0]) / "classes.csv").read_bytes())
         if frames.left_out:
             files.write_left_out(args.out, frames.left_out)
     runtime.barrier()
@@ -111,7 +114,7 @@ def finished_names(args):
     return set.intersection(*names)
 
 
-def translate_batches(generator, batches, width, args, device, autocast):
+def translate_batches(generator, batches, classes, width, args, device, autocast):
     """Translate batches of frames and write images and labels; threads encode the PNGs while the generator continues."""
     frames = [frame for batch in batches for frame in batch]
     starts = itertools.accumulate(map(len, batches), initial=0)
@@ -121,7 +124,7 @@ def translate_batches(generator, batches, width, args, device, autocast):
         # Level 1 is much faster than the default, and the files are little larger.
         if label is not None:
             label = Image.fromarray(label.numpy())
-            label.putpalette(data.ID_COLOURS.tobytes())
+            label.putpalette(classes.colours.tobytes())
             files.write_whole(args.out / "labels" / f"{name}.png", files.png_bytes(label, compress_level=1))
         path = args.out / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,9 @@ def translate_batches(generator, batches, width, args, device, autocast):
         loading.progress(len(frames), args.out) as bar,
         files.writers(WRITERS) as submit,
     ):
-        for batch in loading.batches(ResizedPairs(frames, width), indices, args.workers, collate=list):  # sizes may differ
+        for batch in loading.batches(
+            ResizedPairs(frames, width, classes), indices, args.workers, collate=list
+        ):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 fakes = translate(generator, torch.stack(images).to(device), autocast).permute(0, 2, 3, 1).cpu()
@@ -178,7 +183,7 @@ def main():
     where = runtime.describe(device, settings["precision"])
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
     if own:
-        translate_batches(generator, own, width, args, device, runtime.autocast(device, settings["precision"]))
+        translate_batches(generator, own, frames.classes, width, args, device, runtime.autocast(device, settings["precision"]))
     runtime.barrier()
     if count == len(frames):
         print(f"{args.out}: finished")

@@ -223,7 +223,7 @@ def test_out_adds_or_replaces_a_row_and_leaves_the_evaluation(call, run):
     for name in ("CLADA", "CUT", "CUT"):
         call("--name", name, "--out", out)
     rows = table(out)
-    assert [row["model"] for row in rows] == ["CLADA", "CUT"] and list(rows[0]) == list(evaluate.COLUMNS)
+    assert [row["model"] for row in rows] == ["CLADA", "CUT"] and list(rows[0]) == [*evaluate.COLUMNS, *data.CLASS_NAMES]
     assert {column: cell for column, cell in rows[1].items() if cell} == {"model": "CUT", **ROAD}
     assert call("--name", "CLADA", "--skip-done") == DONE
 
@@ -254,7 +254,7 @@ def test_a_run_that_cannot_be_written_is_evaluated_into_a_table(call, run):
     assert table(run.parent / "t.csv")[0]["mIoU"] == "12.50"
 
 
-ROW = dict.fromkeys(evaluate.COLUMNS, 1.0) | {"model": "CUT", "train": None}
+ROW = dict.fromkeys((*evaluate.COLUMNS, *data.CLASS_NAMES), 1.0) | {"model": "CUT", "train": None}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def row(miou, **iou):
 
 
 def write_evaluation(out, folder, model, miou="10.00", **settings):
-    cells = dict.fromkeys(evaluate.COLUMNS, 10.0) | {"model": model, "mIoU": float(miou), "train": None}
+    cells = dict.fromkeys((*evaluate.COLUMNS, *data.CLASS_NAMES), 10.0) | {"model": model, "mIoU": float(miou), "train": None}
     (out / "segmenters" / folder).mkdir(parents=True, exist_ok=True)
     files.write_json(out / "segmenters" / folder / "evaluation.json", {"row": cells} | FRAMES | settings)
 
@@ -107,7 +107,7 @@ def test_everything_is_written_by_one_process_at_a_time(out):
     assert [(row["model"], row["mIoU"]) for row in table2] == [
         (model, SCORES[model]) for model in ("Source Only", "CUT", "control", "CLADA", "Oracle", "mine")
     ]
-    assert list(table2[0]) == list(evaluate.COLUMNS)
+    assert list(table2[0]) == [*evaluate.COLUMNS, *data.CLASS_NAMES]
     parts = dict(source_gap="25.00", clada_gap="15.00", recovered="40.0", CUT="20.0", control="34.0", mine="-76.0")
     assert table3[-1] == {"class": "mIoU"} | parts and list(table3[-1]) == ["class", *parts]
     assert all(f"Table {n}:" in printed for n in (1, 2, 3)) and "left out" not in printed

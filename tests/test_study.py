@@ -8,6 +8,7 @@ import pytest
 from commands import ROOT, run, table
 from PIL import Image
 
+import data
 import evaluate
 import report
 
@@ -27,7 +28,7 @@ def out(tmp_path):
         for seed, miou in enumerate(values):
             folder = tmp_path / f"seed{seed}" / "segmenters" / report.MODELS[model]
             folder.mkdir(parents=True)
-            row = dict.fromkeys(evaluate.COLUMNS, 50.0) | {"model": model, "mIoU": miou}
+            row = dict.fromkeys((*evaluate.COLUMNS, *data.CLASS_NAMES), 50.0) | {"model": model, "mIoU": miou}
             (folder / "evaluation.json").write_text(json.dumps({"row": row}))
     (tmp_path / "seed0.log").touch()
     return tmp_path

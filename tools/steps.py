@@ -43,7 +43,7 @@ def build(kind, device, size, batch=1, dtype=torch.float32, layout=None, channel
         if kind in METHODS or name == "segmenter":
             network.to(memory_format=layout)
     images = torch.rand(2, batch, 3, height, width)
-    labels = torch.randint(len(data.CLASSES), (batch, height, width)).to(device)
+    labels = torch.randint(len(data.CLASS_NAMES), (batch, height, width)).to(device)
     x, y = ((2 * images - 1) if kind in METHODS else images).to(device, dtype).unbind()
     inputs = x.contiguous(memory_format=layout), y.contiguous(memory_format=layout), labels
     optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
@@ -64,7 +64,7 @@ def _translator(method, device, words):
 
 
 def _task_model(kind, device, encoder):
-    segmenter = models.UNet(len(data.CLASSES), encoder).to(device).train()
+    segmenter = models.UNet(len(data.CLASS_NAMES), encoder).to(device).train()
     opt_F = optimization.adam(segmenter.parameters(), lr=1e-4)
     parts = {"segmenter": segmenter, "opt_F": opt_F}
     if kind == "stage 3":
