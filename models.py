@@ -158,8 +158,7 @@ class ResnetGenerator(nn.Module):
         self.feature_channels = (in_channels, 2 * c, 4 * c, 4 * c, 4 * c)
         stride, pool = (1, Downsample) if antialias else (2, nn.Identity)
         upsample = UpsampleConv2d if antialias else partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1)
-        # Modules are created in the order in which data passes through them.
-        self.stem = ReflectConv2d(in_channels, c, 7)
+        self.stem = ReflectConv2d(in_channels, c, 7)  # modules are created in the order in which data passes through them
         self.stem_norm = norm_relu(c)
         self.down1 = nn.Conv2d(c, 2 * c, 3, stride=stride, padding=1)
         self.down1_norm = norm_relu(2 * c).append(pool(2 * c))

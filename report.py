@@ -18,9 +18,10 @@ import files
 import runtime
 from evaluate import COLUMNS, MEANS, load_segmenter, predict, read_evaluation, rounded
 
-# The models of table 2 (FastCUT and control are not in the paper's) and the names of their folders, also of translators.
+# The models of table 2 (colour transfer, FastCUT and control are not the paper's) and their folders, also of translators.
 MODELS = {
     "Source Only": "source_only",
+    "colour transfer": "colour",
     "CycleGAN": "cyclegan",
     "CUT": "cut",
     "FastCUT": "fastcut",

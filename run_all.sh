@@ -10,7 +10,8 @@
 # Run again, it skips what is finished and resumes what is not. Variables, all optional:
 #   SETTINGS           paper or demo (demo without SOURCE and TARGET, paper with them)
 #   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/small)
-#   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 (default: cyclegan cut fastcut_l5)
+#   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 colour (default: cyclegan cut fastcut_l5)
+#                      colour is a control: colour statistics of the target's photographs, without training
 #   ORACLE             no: leave out the Oracle and table 3 (yes; needs labels of the target, as scores do)
 #   SEED               (0)
 #   ITERATIONS_SCALE   factor on every iteration count, for a trial run (with an OUT of its own) (1)
@@ -75,7 +76,7 @@ case $ORACLE in yes | no) ;; *) fail "ORACLE is $ORACLE: yes or no" ;; esac
 case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
 [[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed"
 for method in $METHODS; do
-    case $method in cyclegan | cut | fastcut | fastcut_l5) ;; *) fail "METHODS contains $method; choose from cyclegan, cut, fastcut, fastcut_l5" ;; esac
+    case $method in cyclegan | cut | fastcut | fastcut_l5 | colour) ;; *) fail "METHODS contains $method; choose from cyclegan, cut, fastcut, fastcut_l5, colour" ;; esac
 done
 scaled() { LC_ALL=C awk -v n="$1" -v s="$ITERATIONS_SCALE" 'BEGIN { v = int(n * s + 0.5); print v < 1 ? 1 : v }'; }
 
@@ -147,7 +148,7 @@ trap 'stop 129' HUP
 # glibc then keeps freed memory instead of returning it to the kernel and taking it back, cleared, for the next tensor.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:--1}
 
-name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; esac; }
+name_of() { case $1 in cyclegan) echo CycleGAN ;; cut) echo CUT ;; fastcut) echo FastCUT ;; fastcut_l5) echo FastCUT-L5 ;; colour) echo "colour transfer" ;; esac; }
 photos_of() { # DATA_SET SPLITS: the folder of its images; of several splits, a folder of links to theirs
     if [ -d "$1/images" ]; then echo "$1/images"; return; fi
     if [ ! -d "$1/leftImg8bit" ]; then echo "$1"; return; fi
@@ -159,6 +160,7 @@ photos_of() { # DATA_SET SPLITS: the folder of its images; of several splits, a 
 }
 
 train_translator() { # METHOD [ARG...]
+    [ "$1" != colour ] || return 0
     run_on_all train_translator.py --source "$SOURCE" --target "$TARGET" --target-splits "$TARGET_SPLITS" \
         --out "$OUT/translators/$1" --method "$1" --iterations "$(scaled $translate)" "${common[@]}" "${translator[@]}" "${@:2}"
 }
@@ -241,11 +243,16 @@ distance source "$(photos_of "$SOURCE" train)"
 
 for method in $METHODS; do
     model=$(name_of "$method")
-    title "Stage 1: $model, the translator"
-    train_translator "$method"
+    from=(--translator "$OUT/translators/$method")
+    if [ "$method" = colour ]; then
+        from=(--colours-of "$TARGET" --target-splits "$TARGET_SPLITS" --seed "$SEED")
+        for ((i = 0; i < ${#translator[@]}; i++)); do [ "${translator[i]}" != --width ] || from+=(--width "${translator[i + 1]}"); done
+    else
+        title "Stage 1: $model, the translator"
+        train_translator "$method"
+    fi
     title "Stage 2: the source set through $model"
-    run_on_all translate_dataset.py --source "$SOURCE" --translator "$OUT/translators/$method" --out "$OUT/translated/$method" \
-        "${readers[@]}" "${exclude[@]}"
+    run_on_all translate_dataset.py --source "$SOURCE" "${from[@]}" --out "$OUT/translated/$method" "${readers[@]}" "${exclude[@]}"
     distance "$method" "$OUT/translated/$method/images"
     title "Stage 3: the task model on $model's translations"
     train_segmenter "$method" "$OUT/translated/$method" $segment

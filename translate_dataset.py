@@ -2,6 +2,7 @@
 
     python translate_dataset.py --source gta5 --translator runs/fastcut_l5 --out translated/fastcut_l5
     python translate_dataset.py --unlabelled --source frames a.png b.jpg --translator runs/fastcut_l5 --out translated
+    python translate_dataset.py --source gta5 --colours-of cityscapes --out translated/colour    # a control: no training at all
 
 Writes OUT/images/NAME.png and OUT/labels/NAME.png (Cityscapes label ids), GTA5's layout, at the width that the translator was
 trained for, with the height in proportion; labels are resized by nearest-exact (ours). The same command resumes an
@@ -10,8 +11,10 @@ interrupted run.
 
 import itertools
 import logging
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -33,7 +36,12 @@ def parse_args():
     add("--source", type=runtime.real_path, required=True, nargs="+", metavar="DIR", help=source)
     add("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
     add("--unlabelled", action="store_true", help="translate images only, into OUT/images; subfolders are kept")
-    add("--translator", type=runtime.path, required=True, metavar="RUN", help="finished run of train_translator.py")
+    translators = parser.add_mutually_exclusive_group(required=True)
+    translators.add_argument("--translator", type=runtime.path, metavar="RUN", help="finished run of train_translator.py")
+    colours = "instead of a translator, give each frame the colour statistics of a random photograph of this data set"
+    translators.add_argument("--colours-of", type=runtime.real_path, metavar="DIR", help=colours)
+    add("--target-splits", default="train", help="with --colours-of: Cityscapes splits (default train)")
+    add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: of the translations (default 1024)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
     runtime.add_compute_arguments(parser)
@@ -63,6 +71,35 @@ class ResizedPairs(Dataset):
             return frame.name, image.as_subclass(torch.Tensor), None
         ids = data.resize_to_width(data.load_label_ids(frame.label, self.classes), self.width)
         return frame.name, image.as_subclass(torch.Tensor), ids.as_subclass(torch.Tensor)
+
+
+class ColourTransfer:
+    """The colour transfer of Reinhard et al. 2001, a control for trained translators.
+
+    Called with a frame's name and image (3, H, W) uint8, it gives the image the mean and deviation, in each channel of their
+    decorrelated colour space, of a photograph that is drawn by seed and name.
+    """
+
+    RGB_TO_LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
+    LMS_TO_LAB = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / torch.tensor([3, 6, 2]).sqrt()[:, None]
+
+    def __init__(self, photographs, width, seed):
+        self.photographs, self.width, self.seed = photographs, width, seed
+        self.statistics = cache(self.statistics)
+
+    def to_lab(self, image):
+        return self.LMS_TO_LAB @ (self.RGB_TO_LMS @ image.flatten(1).clamp(min=1).float()).log10()
+
+    def statistics(self, i):
+        lab = self.to_lab(data.load_at_width(self.photographs[i].image, self.width))
+        return lab.mean(1, keepdim=True), lab.std(1, keepdim=True)
+
+    def __call__(self, name, image):
+        draw = np.random.default_rng((self.seed, *name.encode(errors="surrogateescape"))).integers(len(self.photographs))
+        lab, (mean, deviation) = self.to_lab(image), self.statistics(int(draw))
+        lab = (lab - lab.mean(1, keepdim=True)) / lab.std(1, keepdim=True).clamp(min=1e-4) * deviation + mean
+        rgb = self.RGB_TO_LMS.inverse() @ 10 ** (self.LMS_TO_LAB.inverse() @ lab)
+        return rgb.round().clamp(0, 255).to(torch.uint8).view_as(image)
 
 
 @torch.inference_mode()
@@ -114,8 +151,8 @@ def finished_names(args):
     return set.intersection(*names)
 
 
-def translate_batches(generator, batches, classes, width, args, device, autocast):
-    """Translate batches of frames and write images and labels; threads encode the PNGs while the generator continues."""
+def translate_batches(translator, batches, classes, width, args):
+    """Translate batches of frames and write images and labels; threads encode the PNGs while the translator continues."""
     frames = [frame for batch in batches for frame in batch]
     starts = itertools.accumulate(map(len, batches), initial=0)
     indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
@@ -139,24 +176,30 @@ def translate_batches(generator, batches, classes, width, args, device, autocast
         ):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
-                fakes = translate(generator, torch.stack(images).to(device), autocast).permute(0, 2, 3, 1).cpu()
-                for pair in zip(names, fakes, labels, strict=True):
+                for pair in zip(names, translator(names, images).permute(0, 2, 3, 1), labels, strict=True):
                     submit(write, *pair)
             bar.update(len(batch))
 
 
 def main():
     args = parse_args()
-    files.check_out(args.out, *args.source, args.translator)
+    files.check_out(args.out, *args.source, args.translator, args.colours_of)
     exclude = data.read_names(args.exclude) if args.exclude else ()
     if args.unlabelled:
         frames = data.list_images(args.source, args.split, exclude)
     else:
         frames = data.list_frames(args.source[0], args.split, exclude=exclude)
-    weights = files.finished(args.translator, "--translator")
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
-    generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
-    width = generator.width
+    precision = runtime.pick_precision(args.precision, device)
+    if args.colours_of:
+        photographs, width = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude), args.width
+        transfer, content = ColourTransfer(photographs, width, args.seed), f"{photographs.fingerprint()}, seed {args.seed}"
+        translator = lambda names, images: torch.stack([*map(transfer, names, images)])  # noqa: E731
+    else:
+        weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
+        generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
+        width, content = generator.width, files.digest(weights)
+        translator = lambda names, images: translate(generator, torch.stack(images).to(device), autocast).cpu()  # noqa: E731
     data.check_frames(frames, width)
 
     runtime.join_processes(device)
@@ -167,9 +210,9 @@ def main():
         "frames_of_source": frames.fingerprint(),
         "content_of_source": frames.content(),
         "width": width,
-        "weights": files.digest(weights),
+        "weights": content,
         "batch_size": args.batch_size,
-        "precision": runtime.pick_precision(args.precision, device),
+        "precision": precision,
     }
     open_out(args, settings, frames)
 
@@ -183,7 +226,7 @@ def main():
     where = runtime.describe(device, settings["precision"])
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
     if own:
-        translate_batches(generator, own, frames.classes, width, args, device, runtime.autocast(device, settings["precision"]))
+        translate_batches(translator, own, frames.classes, width, args)
     runtime.barrier()
     if count == len(frames):
         print(f"{args.out}: finished")

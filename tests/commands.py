@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 VARIABLES = "SOURCE TARGET TARGET_SPLITS ORACLE SETTINGS OUT METHODS SEED NPROC ITERATIONS_SCALE FID_WEIGHTS".split()
 VARIABLES += "TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
+MEASURED_FILES = (".lock", ".finished", "times.csv")
 MEASURED = ("seconds_per_iteration", "wait_seconds", "peak_memory_mib")
 
 # Python runs a module of this name before a script. This one records which scripts open labels of a Cityscapes layout, and
@@ -87,7 +88,7 @@ def leaves(part, name=""):
 def assert_same_outputs(one, two):
     """Every file of two folders: the same names, and the same bytes but for what `content` leaves out."""
     files = [
-        {p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.suffix != ".npz" and p.name != ".lock"}
+        {p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.suffix != ".npz" and p.name not in MEASURED_FILES}
         for out in (one, two)
     ]
     assert files[0] == files[1]

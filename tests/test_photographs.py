@@ -88,6 +88,30 @@ def test_translators_train_on_plain_folders(photos, tmp_path, method):
     assert not (tmp_path / "u1" / "labels").exists()
 
 
+def test_the_colour_transfer_is_reinhard_et_als(photos, tmp_path):
+    """Mean and deviation in log-LMS, decorrelated, become those of one of the target's photographs, drawn by seed and name."""
+    words = ["--unlabelled", "--source", photos, "--colours-of", photos / "deep", "--width", 48, "--device", "cpu"]
+    assert script("translate_dataset.py", *words, "--out", tmp_path / "a").returncode == 0
+    assert script("translate_dataset.py", *words, "--out", tmp_path / "b", "--workers", 0).returncode == 0
+    lms = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
+    mix = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
+
+    def lab(image):
+        return mix @ np.log10(lms @ image.reshape(3, -1).clip(1).astype(float))
+
+    targets = [lab(data.load_at_width(frame.image, 48).numpy()) for frame in data.list_frames(photos / "deep", labelled=False)]
+    for frame in data.list_frames(photos, labelled=False):
+        path = tmp_path / "a" / "images" / f"{frame.name}.png"
+        assert path.read_bytes() == (tmp_path / "b" / "images" / f"{frame.name}.png").read_bytes()
+        source, found = lab(data.load_at_width(frame.image, 48).numpy()), data.load_image(path).numpy().reshape(3, -1)
+        distances = []
+        for target in targets:
+            moments = [(x.mean(1, keepdims=True), x.std(1, keepdims=True, ddof=1)) for x in (source, target)]
+            moved = (source - moments[0][0]) / moments[0][1] * moments[1][1] + moments[1][0]
+            distances.append(np.abs(np.linalg.inv(lms) @ 10 ** (np.linalg.inv(mix) @ moved) - found).clip(0, 255).mean())
+        assert min(distances) < 5 and len(distances) == 2  # values outside of 0 to 255 are clipped
+
+
 def test_predictions_are_palette_images_of_label_ids(photos, run, tmp_path):
     words = ["--segmenter", run, "--images", photos, "--out", tmp_path / "p", "--device", "cpu"]
     result = script("predict.py", *words, "--overlay")

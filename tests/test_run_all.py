@@ -87,10 +87,13 @@ def test_a_finished_experiment_is_skipped_at_once_until_data_or_words_change(eve
     out, _ = everything
     shutil.copytree(pair / "source", tmp_path / "source")
     given = settings(pair, out, workers=0) | {"METHODS": "fastcut_l5"}
-    given |= {"OUT": str(tmp_path / "out"), "SOURCE": str(tmp_path / "source"), "ORACLE": "no"}
+    given |= {"OUT": str(tmp_path / "out"), "SOURCE": str(tmp_path / "source"), "ORACLE": "no", "METHODS": "colour fastcut_l5"}
     first = run("bash", ROOT / "run_all.sh", **given)
     assert first.returncode == 0 and "Table 3 needs Oracle" in first.stdout, first.stderr
     assert (tmp_path / "out" / "results" / "segmentations.png").is_file()  # needs labels, but no Oracle
+    for n, first_two in ((1, ["Source", "Source, resized"]), (2, ["Source Only"])):
+        models_ = [row["model"] for row in table(tmp_path / "out" / "results" / f"table{n}.csv")]
+        assert models_[: len(first_two) + 2] == [*first_two, "colour transfer", "FastCUT-L5"]
     started = time.monotonic()
     again = run("bash", ROOT / "run_all.sh", **given)
     assert again.returncode == 0 and "finished, and nothing has changed" in again.stdout and time.monotonic() < started + 10

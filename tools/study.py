@@ -39,6 +39,7 @@ BASELINES = ("cyclegan", "cut")
 # Differences on the same seed that show what a step of the method gains.
 PAIRS = (
     ("FastCUT-L5", "Source Only"),
+    ("FastCUT-L5", "colour transfer"),
     ("FastCUT-L5", "CycleGAN"),
     ("FastCUT-L5", "CUT"),
     ("CLADA", "FastCUT-L5"),
@@ -161,7 +162,7 @@ def main():
     rows, failed, running = write_study(args.out), [], []
 
     def work(seed):
-        methods = [*(BASELINES if seed in baseline_seeds else ()), "fastcut_l5"]
+        methods = [*(BASELINES if seed in baseline_seeds else ()), "colour", "fastcut_l5"]
         return run_seed(args.out, seed, methods, threads, running)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
