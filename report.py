@@ -3,11 +3,12 @@
     python report.py runs/demo
 
 It reads OUT/distances/*.json (from fid.py), OUT/translators/*/summary.json, OUT/segmenters/*/evaluation.json (from
-evaluate.py) and OUT/translated, and writes OUT/results: table1.csv, table2.csv, table3.csv, translations.png (figure 3)
-and segmentations.png (figure 4). It prints the tables, and says what is missing for those that cannot be made yet. With
---scale below 1 it also prints what the whole experiment would take.
+evaluate.py) and OUT/translated, and writes OUT/results: table1.csv, table2.csv, table3.csv, translations.csv (translations
+judged without labels), translations.png (figure 3) and segmentations.png (figure 4). It prints the tables, and says what is
+missing for those that cannot be made yet. With --scale below 1 it also prints what the whole experiment would take.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib"
 FOLDERS = {"train_translator.py": "translators", "translate_dataset.py": "translated", "train_segmenter.py": "segmenters"}
 LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
-FIGURE_ROWS = 4  # frames per figure
+FIGURE_ROWS, JUDGED = 4, 16  # frames per figure, and per translator in translations.csv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +159,59 @@ def write_tables(out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Translations, judged without labels
+
+
+def marks(images):
+    """How much stronger images (3, H, W) are at periods of 2 and 4 pixels than at the periods beside them (ours).
+
+    Transposed convolutions leave a grid of these periods. 1 means no marks. The power is that of the rows' and the columns'
+    spectra, averaged over all images; the neighbours are the three frequencies on each side.
+    """
+    ratios = []
+    for axis, k in itertools.product((1, 2), (2, 4)):
+        grid = beside = 0.0
+        for image in images:
+            length = image.shape[axis] // 4 * 4
+            lines = image.double().mean(0).movedim(axis - 1, -1)[..., :length]
+            power = torch.fft.rfft(lines - lines.mean()).abs().square().mean(0)
+            at = length // k
+            grid += power[at].item()
+            beside += power[[i for i in range(at - 3, min(at + 4, len(power))) if i != at]].mean().item()
+        ratios.append((grid + 1e-9) / (beside + 1e-9))  # 1 for images of one colour
+    return float(np.mean(ratios))
+
+
+def judge_translations(out):
+    """Rows of translations.csv, one per translator: how much it marks its images, and how much of their content it keeps.
+
+    marks: see above; for the target, of its photographs at the translations' width. content_kept: percentage of pixels that
+    Source Only's model gives the same class in a frame and in its translation; a model that predicts at random agrees, too.
+    """
+    rows, run, photographs = [], out / "segmenters" / "source_only", None
+    for model, name in MODELS.items():
+        frames = {path.stem: path for path in (out / "translated" / name / "images").glob("[!.]*.png")}
+        if not frames or not all((run / name).is_file() for name in ("weights.pt", "args.json")):
+            continue
+        source, exclude = data_set(run / "args.json", "data")
+        originals = {frame.name: frame.image for frame in data.list_frames(source, labelled=False, exclude=exclude)}
+        names = evenly_spaced(sorted(frames.keys() & originals.keys()), JUDGED)
+        segmenter, autocast = load_segmenter(run, "OUT", torch.device("cpu")), runtime.autocast(torch.device("cpu"), "fp32")
+        translations, kept = [data.load_image(frames[name]) for name in names], []
+        for name, translation in zip(names, translations, strict=True):
+            pair = [data.resize_to_width(image, segmenter.width) for image in (data.load_image(originals[name]), translation)]
+            one, two = (predict(segmenter, image, pair[0].shape[-2:], autocast) for image in pair)
+            kept.append((one == two).double().mean().item())
+        if photographs is None and (settings := sorted(out.glob("translators/*/args.json"))):
+            args = files.read_json(settings[0], "target", "target_splits")
+            listed = evenly_spaced(data.list_frames(args["target"], args["target_splits"], labelled=False), JUDGED)
+            photographs = [data.load_at_width(frame.image, translations[0].shape[-1]) for frame in listed]
+            rows.insert(0, {"model": "Target", "marks": f"{marks(photographs):.2f}", "content_kept": ""})
+        rows.append({"model": model, "marks": f"{marks(translations):.2f}", "content_kept": f"{100 * np.mean(kept):.1f}"})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
@@ -209,9 +263,9 @@ def segmentations_figure(out):
     files.write_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend)
 
 
-def evenly_spaced(items):
-    """At most FIGURE_ROWS items of a list, the first and the last among them."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(FIGURE_ROWS, len(items))).round().astype(int)]
+def evenly_spaced(items, count=FIGURE_ROWS):
+    """At most `count` items of a list, the first and the last among them."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +323,9 @@ def main():
     with files.lock(out / "results", wait=True):
         files.clear_parts(out / "results")
         write_tables(out)
+        if rows := judge_translations(out):
+            files.write_csv(out / "results" / "translations.csv", rows)
+            print_table("Translations without labels: marks (1: none), percentage of pixels whose class is kept", rows)
         translations_figure(out)
         segmentations_figure(out)
     if args.scale < 1:

@@ -113,7 +113,7 @@ def test_everything_is_written_by_one_process_at_a_time(out):
     assert all(f"Table {n}:" in printed for n in (1, 2, 3)) and "left out" not in printed
     assert "CLADA's adversary: +1.50 mIoU over the control" in printed
     assert {path.name for path in (out / "results").iterdir()} == {
-        ".lock", "segmentations.png", "table1.csv", "table2.csv", "table3.csv", "translations.png",
+        ".lock", "segmentations.png", "table1.csv", "table2.csv", "table3.csv", "translations.csv", "translations.png",
     }  # fmt: skip
     translations, segmentations = (Image.open(out / "results" / f"{name}ations.png") for name in ("transl", "segment"))
     assert colours(translations, 2) == [(0, 0, 0), (0, 0, 0)]
@@ -225,3 +225,38 @@ def test_table3_is_the_recovered_part():
         "recovered": "",
         "CUT": "20.0",
     }
+
+
+def test_marks_are_a_grid_of_two_or_four_pixels():
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randint(60, 190, (3, 62, 101), generator=generator, dtype=torch.uint8) for _ in range(40)]
+    assert report.marks(plain) == pytest.approx(1, abs=0.1)
+    for period, size in ((2, 3), (4, 6)):
+        grid = torch.zeros(62, 101, dtype=torch.uint8)
+        grid[::period, ::period] = size * 5
+        assert report.marks([image + grid for image in plain]) > 1.2
+    grid = (20 * torch.arange(101).mul(2 * torch.pi / 7).cos() + 20).byte().expand(62, 101)  # a period of seven is none
+    assert report.marks([image // 2 + grid for image in plain]) == pytest.approx(1, abs=0.1)
+
+
+def test_translations_are_judged_without_labels(out, tmp_path, call):
+    """A model that predicts road everywhere finds all content kept; one that tells red from green finds none."""
+    summary = {"target": str(tmp_path / "target"), "target_splits": "val"}
+    files.write_json(out / "translators" / "cut" / "args.json", summary)
+    call(out)
+    rows = table(out / "results" / "translations.csv")
+    assert [row["model"] for row in rows] == ["Target", "CUT"] and rows[1]["content_kept"] == "100.0"
+    network = models.load_network(out / "segmenters" / "source_only")
+    torch.nn.init.normal_(network.head.weight, 0, 100)
+    torch.save(models.network_state(network, 32), out / "segmenters" / "source_only" / "weights.pt")
+    (row,) = (row for row in report.judge_translations(out) if row["model"] == "CUT")
+    kept = []
+    for name in "01234":
+        pair = [
+            data.load_at_width(folder / f"{name}.png", 32)
+            for folder in (tmp_path / "source/images", out / "translated/cut/images")
+        ]
+        with torch.inference_mode():
+            one, two = (network(data.to_unit(image)[None])[0].argmax(0) for image in pair)
+        kept.append((one == two).double().mean().item())
+    assert float(row["content_kept"]) == pytest.approx(100 * np.mean(kept), abs=0.06)
