@@ -196,6 +196,8 @@ def judge_translations(out):
         source, exclude = data_set(run / "args.json", "data")
         originals = {frame.name: frame.image for frame in data.list_frames(source, labelled=False, exclude=exclude)}
         names = evenly_spaced(sorted(frames.keys() & originals.keys()), JUDGED)
+        if not names:
+            continue
         segmenter, autocast = load_segmenter(run, "OUT", torch.device("cpu")), runtime.autocast(torch.device("cpu"), "fp32")
         translations, kept = [data.load_image(frames[name]) for name in names], []
         for name, translation in zip(names, translations, strict=True):
@@ -203,9 +205,10 @@ def judge_translations(out):
             one, two = (predict(segmenter, image, pair[0].shape[-2:], autocast) for image in pair)
             kept.append((one == two).double().mean().item())
         if photographs is None and (settings := sorted(out.glob("translators/*/args.json"))):
-            args = files.read_json(settings[0], "target", "target_splits")
-            listed = evenly_spaced(data.list_frames(args["target"], args["target_splits"], labelled=False), JUDGED)
-            photographs = [data.load_at_width(frame.image, translations[0].shape[-1]) for frame in listed]
+            target, exclude = data_set(settings[0], "target")
+            splits = files.read_json(settings[0], "target_splits")["target_splits"]
+            listed = data.list_frames(target, splits, labelled=False, exclude=exclude)
+            photographs = [data.load_at_width(f.image, translations[0].shape[-1]) for f in evenly_spaced(listed, JUDGED)]
             rows.insert(0, {"model": "Target", "marks": f"{marks(photographs):.2f}", "content_kept": ""})
         rows.append({"model": model, "marks": f"{marks(translations):.2f}", "content_kept": f"{100 * np.mean(kept):.1f}"})
     return rows
