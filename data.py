@@ -95,6 +95,8 @@ def read_classes(root):
     names = Classes(rows).names
     if trained != {*range(len(trained))} or len({*names}) < len(names) or not trained:
         raise ValueError(f"{printable(path)}: train ids must be 0, 1, 2, ... (255: not evaluated), with different names")
+    if reserved := {*names} & {"", "model", "mIoU", "fwIoU", "pixel_accuracy"}:
+        raise ValueError(f"{printable(path)}: a class cannot have the name {min(reserved)!r}")
     return Classes(rows)
 
 
@@ -164,6 +166,8 @@ def list_images(paths, split="val", exclude=()):
         if path.is_dir():
             listed = list_frames(path, split, labelled=False, exclude=exclude)
             frames.left_out |= listed.left_out
+        elif _bare_name(path.name) in {*map(_bare_name, exclude)}:
+            listed, frames.left_out[path.stem] = [], "excluded"
         else:
             frame, _, problems = _examine(Frame(path.stem, path, None, None), CITYSCAPES, decode=False)
             if problems:
@@ -234,12 +238,17 @@ def _by_name(root, folder, ending, part, layout, suffixes):
     folder = root / folder / part
     if not folder.is_dir():
         raise ValueError(f"{printable(folder)}: no such {'split' if part else 'folder'}")
-    below = {"GTA5": (), "Cityscapes": folder.iterdir(), "plain": folder.rglob("*")}[layout]
-    parents, found = sorted(path for path in below if path.is_dir()), {}
-    for path in (path for parent in [folder, *parents] for path in sorted(parent.iterdir())):
-        name = path.relative_to(folder).with_suffix("").as_posix() if layout == "plain" else path.stem
-        if name.endswith(ending) and path.suffix.lower() in suffixes and "/." not in f"/{name}":
-            found.setdefault(name.removesuffix(ending), []).append(path)
+    folders, visited, found = [folder], set(), {}
+    for parent in folders:  # which grows below; links are followed, but each real folder is visited once, so loops end
+        if os.path.realpath(parent) in visited:
+            continue
+        visited.add(os.path.realpath(parent))
+        for path in sorted(path for path in parent.iterdir() if not path.name.startswith(".")):
+            name = path.relative_to(folder).with_suffix("").as_posix() if layout == "plain" else path.stem
+            if path.is_dir() and (layout == "plain" or (layout == "Cityscapes" and parent == folder)):
+                folders.append(path)
+            elif name.endswith(ending) and path.suffix.lower() in suffixes:
+                found.setdefault(name.removesuffix(ending), []).append(path)
     return found
 
 

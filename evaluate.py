@@ -13,6 +13,7 @@ it is predicted anywhere; otherwise the two agree. To use the metrics elsewhere,
 
 import io
 import logging
+import os
 
 import numpy as np
 import torch
@@ -91,6 +92,20 @@ def predict(segmenter, image, size, autocast):
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
     return logits[0].argmax(0)
+
+
+def open_predictions(out, weights, precision, images):
+    """Lock a folder for predictions -> the lock. Raises ValueError if it holds other ones, or files of other origin."""
+    path, folders = out / "args.json", sorted({os.path.realpath(p) if os.path.isdir(p) else os.path.dirname(p) for p in images})
+    settings = {"script": "predict.py", "weights": files.digest(weights), "precision": precision, "images": folders}
+    if not path.is_file() and any(out.rglob("*.png")):
+        raise ValueError(f"{out}: holds files that are not predictions; give another folder")
+    if path.is_file() and files.read_json(path) != settings:
+        raise ValueError(f"{out}: of another model, settings or folder of images; give another folder, or delete this one")
+    lock = files.lock(out)
+    files.clear_parts(out)
+    files.write_json(path, settings)
+    return lock
 
 
 def save_prediction(out, frame, prediction, classes, overlay=False):
@@ -224,8 +239,9 @@ def main():
             print(f"{name}: already evaluated")
             return
     if runtime.torchrun("RANK", 0) == 0:
-        for folder in filter(None, (args.out.parent if args.out else weights.parent, args.save_predictions)):
-            files.check_writable(folder)
+        files.check_writable(args.out.parent if args.out else weights.parent)
+        if args.save_predictions:
+            lock = open_predictions(args.save_predictions, weights, settings["precision"], [args.data])  # noqa: F841
     row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])), frames.classes.names)
     print(f"{name}: " + ", ".join(f"{mean} {rounded(row)[mean]}" for mean in MEANS))
     if runtime.is_first() and args.out:

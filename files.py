@@ -231,7 +231,9 @@ def read_csv(path, *columns):
 
 
 def check_out(out, *folders, flag="--out"):
-    """Raises ValueError if `out` is, or lies inside, one of the folders from which a script only reads."""
-    for folder in filter(None, folders):
-        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{flag} {out}: lies inside {folder}, which is only read; give a folder elsewhere")
+    """Raises ValueError if `out` is or lies inside a folder from which a script only reads, or is the folder of such a file."""
+    real = Path(os.path.realpath(out))
+    for path in map(os.path.realpath, filter(None, folders)):
+        if real.is_relative_to(path) or (os.path.isfile(path) and real == Path(path).parent):
+            where = "is the folder of" if os.path.isfile(path) else "lies inside"
+            raise ValueError(f"{flag} {out}: {where} {path}, which is only read; give a folder elsewhere")

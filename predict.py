@@ -10,11 +10,13 @@ its subfolder. The same command resumes: finished photographs are skipped.
 
 import logging
 
+import numpy as np
+
 import data
 import files
 import loading
 import runtime
-from evaluate import load_segmenter, predict, save_prediction
+from evaluate import load_segmenter, open_predictions, predict, save_prediction
 
 log = logging.getLogger("predict")
 
@@ -27,6 +29,7 @@ def parse_args():
     add("--images", type=runtime.real_path, required=True, nargs="+", metavar="DIR|FILE", help=images)
     add("--split", default="val", help="split to use of data sets in the Cityscapes layout (default val)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="for NAME.png of each photograph")
+    add("--sample", type=runtime.positive_int, metavar="N", help="only N photographs, evenly spaced")
     add("--overlay", action="store_true", help="also write NAME_overlay.jpg, the colours over the photograph")
     runtime.add_compute_arguments(parser, precision="fp32")
     runtime.add_device_arguments(parser)
@@ -34,21 +37,13 @@ def parse_args():
 
 
 def is_done(frame, args):
+    """Is the frame segmented, and not newer than its prediction?"""
     path = args.out / f"{frame.name}.png"
-    return path.is_file() and (not args.overlay or path.with_name(f"{path.stem}_overlay.jpg").is_file())
-
-
-def open_out(out, settings):
-    """Lock --out, and record the settings of its predictions. ValueError if it holds other ones, or files of other origin."""
-    path = out / "args.json"
-    if not path.is_file() and any(out.rglob("*.png")):
-        raise ValueError(f"--out {out}: holds files that are not from this script; give another folder")
-    if path.is_file() and files.read_json(path) != settings:
-        raise ValueError(f"--out {out}: made with another model or settings; give another --out, or delete this one")
-    lock = files.lock(out)
-    files.clear_parts(out)
-    files.write_json(path, settings)
-    return lock
+    paths, changed = (
+        [path, *([path.with_name(f"{path.stem}_overlay.jpg")] if args.overlay else [])],
+        frame.image.stat().st_mtime,
+    )
+    return all(path.is_file() and path.stat().st_mtime >= changed for path in paths)
 
 
 def main():
@@ -59,11 +54,12 @@ def main():
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
     precision = runtime.pick_precision(args.precision, device)
     segmenter = load_segmenter(args.segmenter, "--segmenter", device)
+    if args.sample:
+        frames = [frames[i] for i in np.linspace(0, len(frames) - 1, min(args.sample, len(frames))).round().astype(int)]
     data.check_frames(frames, segmenter.width)
     runtime.join_processes(device)
     if runtime.is_first():
-        settings = {"script": "predict.py", "weights": files.digest(weights), "precision": precision}
-        lock = open_out(args.out, settings)  # noqa: F841 - held until this process ends
+        lock = open_predictions(args.out, weights, precision, args.images)  # noqa: F841 - held until this process ends
     runtime.barrier()
     own = [frame for frame in frames[runtime.rank() :: runtime.processes()] if not is_done(frame, args)]
     done, where = sum(is_done(frame, args) for frame in frames), runtime.describe(device, precision)

@@ -334,6 +334,7 @@ def main():
     if args.scale < 1:
         title = f"Forecast from this trial (ITERATIONS_SCALE={args.scale:g}): the whole experiment on this machine would take"
         print_table(title, forecast(out, args.scale))
+        print("The first steps of a run are slower than others: a trial of 100 steps or more per trainer is more exact.")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@
 #   PYTHON             the Python to use, without any set-up
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
 set -euo pipefail
+{ # parsed as a whole, so that editing this file does not disturb a run
 HERE=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 [ -f "$HERE/train_translator.py" ] || HERE=$PWD # Slurm runs a copy of this file, in the folder where sbatch was called
 
@@ -65,7 +66,6 @@ if [ "${1:-}" = test ]; then
     cd "$HERE" && exec "$PYTHON" -m pytest "${@:2}"
 fi
 [ $# -eq 0 ] || fail "takes no argument but test: settings are variables, see the head of this file"
-set_up "$HERE/requirements.txt"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -132,7 +132,8 @@ run() { # SCRIPT ARG...
     [ "$processes" = 1 ] || launcher=(-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes")
     "$PYTHON" "${launcher[@]}" "$HERE/$1" "${@:2}" &
     wait $!
-    echo "$1,\"$stage\",$((SECONDS - started))" >>"$OUT/times.csv" # for the forecast
+    [ -f "$OUT/times.csv" ] || echo script,stage,seconds >"$OUT/times.csv" # for the forecast
+    echo "$1,\"$stage\",$((SECONDS - started))" >>"$OUT/times.csv"
 }
 run_on_all() { processes=$NPROC run "$@"; }
 processes=1
@@ -191,20 +192,20 @@ if [ -n "${SOURCE:-}" ]; then
     case $OUT/ in "$SOURCE"/* | "$TARGET"/*) fail "OUT=$OUT: lies inside SOURCE or TARGET, which are only read" ;; esac
 fi
 mkdir -p "$OUT"
-is_drawn=no scored=yes # until the preflight finds no labels
+is_drawn=no scored=yes oracle=$ORACLE # until the preflight finds no labels
 [ -n "${SOURCE:-}" ] || is_drawn=yes SOURCE=$OUT/data/source TARGET=$OUT/data/target
 state() { # a hash of all that the results depend on, and of what is there: words, code, every file's name, size and time
     local words=("$SETTINGS" "$METHODS" "$SEED" "$ITERATIONS_SCALE" "$NPROC" "$TARGET_SPLITS" "$ORACLE" "$FID_WEIGHTS" "${CACHE:-}")
     words+=("${EXCLUDE:-}" "${common[@]}" "${translator[@]}" "${segmenter[@]}" "${adapter[@]}" "${readers[@]}")
     local word paths=("$SOURCE" "$TARGET" "$OUT" "$HERE"/*.py "$HERE/run_all.sh" "$HERE/demo")
     for word in "${words[@]}"; do [ ! -f "$word" ] || paths+=("$word"); done
-    { printf '%s\n' "${words[@]}" && find -L "${paths[@]}" -type f ! -name .finished -printf '%p %s %T@\n' 2>/dev/null | sort; } | sha256sum
+    { printf '%s\n' "${words[@]}" && { find -L "${paths[@]}" -type f ! -name .finished -printf '%p %s %T@\n' 2>/dev/null || true; } | sort; } | sha256sum
 }
 if [ -f "$OUT/.finished" ] && [ "$(state)" = "$(cat "$OUT/.finished")" ]; then
     echo "run_all.sh: finished, and nothing has changed: tables and figures are in $OUT/results"
     exit
 fi
-[ -f "$OUT/times.csv" ] || echo script,stage,seconds >"$OUT/times.csv"
+set_up "$HERE/requirements.txt"
 if [ $is_drawn = yes ]; then
     title "Stage 0: draw two synthetic domains"
     run demo/make_demo_data.py "$OUT/data" --seed "$SEED" --source-count 160 --target-count 100 --val-count 40
@@ -212,13 +213,15 @@ else
     title "Preflight: check data, weights and disk"
     if [ -d "$TARGET/leftImg8bit/val" ] && [ -d "$TARGET/gtFine/val" ]; then
         run data.py "$TARGET" --split val "${exclude[@]}"
+        tables=("$SOURCE/classes.csv" "$TARGET/classes.csv")
+        [ ! -f "${tables[0]}" ] && [ ! -f "${tables[1]}" ] || cmp -s "${tables[@]}" || fail "${tables[0]} and ${tables[1]} must be the same"
     else
-        scored=no ORACLE=no
+        scored=no oracle=no
         echo "TARGET=$TARGET: no labelled val split there. Left out: the Oracle, scores, tables 2 and 3; figure 4 becomes predictions"
     fi
     for method in $METHODS; do train_translator "$method" --check; done
     train_segmenter source_only "$SOURCE" $segment --check
-    [ $ORACLE = no ] || train_segmenter oracle "$TARGET" $segment --check
+    [ $oracle = no ] || train_segmenter oracle "$TARGET" $segment --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
     # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
@@ -233,7 +236,7 @@ fi
 title "Stage 3: Source Only, the lower bound"
 train_segmenter source_only "$SOURCE" $segment
 evaluate "Source Only" source_only
-if [ $ORACLE = yes ]; then
+if [ $oracle = yes ]; then
     title "Stage 3: Oracle, the upper bound"
     train_segmenter oracle "$TARGET" $segment
     evaluate Oracle oracle
@@ -286,9 +289,10 @@ if [ $scored = no ]; then
     last=source_only
     for name in $METHODS clada; do [ ! -f "$OUT/segmenters/$name/weights.pt" ] || last=$name; done
     title "Predictions of $last for a sample of TARGET, in $OUT/results/predictions"
-    readarray -t sample < <(find -L "$(photos_of "$TARGET" "$TARGET_SPLITS")" -type f -iregex '.*[.]\(png\|jpe?g\)' | sort)
-    for ((i = 0; i < ${#sample[@]}; i += (${#sample[@]} + 7) / 8)); do chosen+=("${sample[i]}"); done
     rm -rf "$OUT/results/predictions"
-    run predict.py --segmenter "$OUT/segmenters/$last" --images "${chosen[@]}" --out "$OUT/results/predictions" --overlay "${readers[@]}"
+    run predict.py --segmenter "$OUT/segmenters/$last" --images "$TARGET" --split "$TARGET_SPLITS" --sample 8 --overlay \
+        --out "$OUT/results/predictions" "${readers[@]}" "${exclude[@]}"
 fi
 state >"$OUT/.finished"
+exit
+}

@@ -231,10 +231,12 @@ class Run:
         if is_last or self.iteration % self.args.log_every == 0:
             self._write_log()
         signal_number = _agree(signals)
+        if self.args.keep_every and self.iteration % self.args.keep_every == 0:
+            self._finite_state()
+            if runtime.is_first():
+                files.write_whole(self.out / f"weights_{self.iteration:07d}.pt", torch_bytes(self.weights()))
         if is_last or self.iteration % self.args.save_every == 0 or signal_number:
             self.save()
-        if self.args.keep_every and self.iteration % self.args.keep_every == 0 and runtime.is_first():
-            files.write_whole(self.out / f"weights_{self.iteration:07d}.pt", torch_bytes(self.weights()))
         if signal_number and not is_last:
             sys.exit(128 + signal_number)
 

@@ -211,6 +211,7 @@ def main():
         "content_of_source": frames.content(),
         "width": width,
         "weights": content,
+        "unlabelled": args.unlabelled,
         "batch_size": args.batch_size,
         "precision": precision,
     }

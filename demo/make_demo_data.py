@@ -78,7 +78,7 @@ def draw_frames(frames, out, **settings):
     pool = ProcessPoolExecutor(initializer=runtime.serve_parent)
     try:
         drawn = pool.map(partial(write_frame, out=out, **settings), frames, chunksize=4)
-        for _ in tqdm(drawn, total=len(frames), unit="frame", desc="demo data"):
+        for _ in tqdm(drawn, total=len(frames), unit="frame", desc="demo data", disable=None):
             pass
     except BrokenProcessPool as error:
         raise ChildProcessError("a process that draws frames was killed, most likely for lack of memory") from error

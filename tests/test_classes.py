@@ -1,5 +1,6 @@
 """Data sets with classes of their own: classes.csv, from drawn frames to table 3."""
 
+import os
 import shutil
 import struct
 import zlib
@@ -82,6 +83,7 @@ def test_the_table_of_a_data_set(own):
         (TABLE.replace("8,path", "7,path"), "id 7 stands there more than once"),
         (TABLE.replace("thing,2", "thing,3"), "train ids must be 0, 1, 2"),
         (TABLE.replace("thing,2", "sky,2"), "with different names"),
+        (TABLE.replace("thing,2", "mIoU,2"), "a class cannot have the name 'mIoU'"),
     ],
 )
 def test_a_table_that_is_wrong_is_one_line(own, tmp_path, text, message):
@@ -118,6 +120,12 @@ def test_from_frames_to_table_3(own, tmp_path):
     words = ["--segmenter", out / "segmenters" / "clada", "--images", own / "target", "--out", tmp_path / "p"]
     assert script("predict.py", *words).returncode == 0
     assert set(np.unique(Image.open(tmp_path / "p" / "a_2.png"))) <= {3, 7, 40}
+
+
+def test_the_preflight_compares_the_tables(own, pair, tmp_path):
+    given = {"SOURCE": own / "source", "TARGET": pair / "target", "OUT": tmp_path / "out", "PYTHON": served.python()}
+    done = run("bash", ROOT / "run_all.sh", **{name: str(value) for name, value in given.items()})
+    assert done.returncode == 2 and "classes.csv must be the same" in done.stderr
 
 
 def png_of_16_bits(array):
@@ -160,6 +168,11 @@ def test_labels_of_synthia_and_camvid_become_cityscapes_ids(tmp_path):
     write(tmp_path / "c" / "b_L.png", camvid)
     result = convert(tmp_path / "c", "camvid_to_cityscapes.csv", tmp_path / "c_ids")
     assert result.returncode == 2 and "b_L.png: colour 1, 2, 3 is not in the table" in result.stderr
+    result = convert(tmp_path / "c", "synthia_to_cityscapes.csv", tmp_path / "c_ids")
+    assert result.returncode == 2 and "made with another table" in result.stderr
+    os.mkfifo(tmp_path / "s" / "x.png")
+    result = convert(tmp_path / "s", "synthia_to_cityscapes.csv", tmp_path / "s_ids")
+    assert result.returncode == 2 and "x.png: not a regular file" in result.stderr
 
 
 def test_the_tables_of_synthia(tmp_path):

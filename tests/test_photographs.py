@@ -132,6 +132,34 @@ def test_predictions_are_palette_images_of_label_ids(photos, run, tmp_path):
     assert before.keys() == after.keys() and sum(before[path] != after[path] for path in before) == 2
 
 
+def test_predictions_of_other_photographs_are_not_taken_for_these(photos, run, tmp_path, pair):
+    words = ["--segmenter", run, "--out", tmp_path / "p", "--device", "cpu"]
+    assert script("predict.py", *words, "--images", photos).returncode == 0
+    result = script("predict.py", *words, "--images", photos / "deep")
+    assert result.returncode == 2 and "of another model, settings or folder of images" in result.stderr
+    later = (tmp_path / "p" / "a b.png").stat().st_mtime + 5
+    os.utime(photos / "a b.png", (later, later))  # a video's frame that was extracted anew
+    assert "3 photographs, 2 already segmented" in script("predict.py", *words, "--images", photos).stderr
+    other = ["evaluate.py", "--segmenter", run, "--data", pair / "target", "--save-predictions", tmp_path / "p"]
+    result = script(*other)
+    assert result.returncode == 2 and "of another model, settings or folder of images" in result.stderr
+
+
+def test_linked_folders_are_followed_once(photos, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "deep").symlink_to(photos / "deep")
+    (tmp_path / "linked" / "loop").symlink_to(tmp_path / "linked")
+    names = [frame.name for frame in data.list_frames(tmp_path / "linked", labelled=False)]
+    assert sorted(names) == ["deep/a", "deep/er/é"]
+
+
+def test_a_sample_is_evenly_spaced(photos, run, tmp_path):
+    words = ["--segmenter", run, "--images", photos, "--out", tmp_path / "p", "--sample", 2, "--exclude", tmp_path / "list"]
+    (tmp_path / "list").write_text("a b\n")
+    assert script("predict.py", *words).returncode == 0
+    assert sorted(path.stem for path in (tmp_path / "p").rglob("*.png")) == ["a", "é"]
+
+
 def test_a_killed_prediction_goes_on(photos, run, tmp_path, watched):
     words = ["--segmenter", run, "--images", photos, "--out", tmp_path / "p", "--device", "cpu"]
     assert script("predict.py", *words, **watched, KILL_AT="SIGKILL .png 2").returncode != 0
@@ -144,7 +172,8 @@ def test_a_killed_prediction_goes_on(photos, run, tmp_path, watched):
     ("words", "message"),
     [
         (["--images", "{photos}", "--out", "{photos}/p"], "lies inside"),
-        (["--images", "{photos}/a b.png", "--out", "{photos}"], "holds files that are not from this script"),
+        (["--images", "{photos}/a b.png", "--out", "{photos}"], "is the folder of"),
+        (["--images", "{photos}/a b.png", "--out", "{other}"], "holds files that are not predictions"),
         (["--images", "{other}/empty", "--out", "{out}"], "no image"),
         (["--images", "{photos}/gone", "--out", "{out}"], "gone: No such file"),
         (["--images", "{photos}", "--out", "{out}", "--segmenter", "{photos}"], "--segmenter .*: no weights.pt there"),
@@ -189,6 +218,15 @@ def test_networks_are_kept_at_multiples_and_taken_by_every_script(pair, tmp_path
     words = ["--source", pair / "source", "--target", pair / "target", "--segmenter", kept, *small, "--out", tmp_path / "a"]
     assert script("adapt_features.py", *words, "--batch-size", 2).returncode == 0
     assert script("predict.py", "--segmenter", out / "weights_9.pt", "--images", pair / "target", "--out", "x").returncode == 2
+
+
+def test_a_network_that_diverged_is_not_kept(pair, tmp_path):
+    words = ["--data", pair / "source", "--encoder", "efficientnet-b0", "--encoder-weights", "none", "--out", tmp_path / "run"]
+    words += ["--device", "cpu", "--width", 128, "--crop-size", 64, "--batch-size", 2, "--iterations", 6, "--log-every", 6]
+    result = script("train_segmenter.py", *words, "--lr", 1e30, "--keep-every", 1)
+    assert result.returncode == 1 and "diverged" in result.stderr
+    for path in (tmp_path / "run").glob("weights_*.pt"):
+        assert all(value.isfinite().all() for value in models.load_network(path).state_dict().values())
 
 
 def test_progress_without_a_terminal_is_lines(pair, tmp_path):

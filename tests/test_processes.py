@@ -171,7 +171,7 @@ def test_scores_in_two_processes_are_the_same(pair, trained, tmp_path):
     assert result.returncode == 0 and result.stdout.count("A: mIoU") == 1, result.stderr
     assert torchrun(ROOT / "evaluate.py", *words, "--skip-done").returncode == 0
     assert torchrun(ROOT / "evaluate.py", *words, "--skip-done").stdout.count("A: already evaluated") == 1
-    assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 4
+    assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 5
 
 
 @pytest.mark.parametrize("kind", ["cyclegan", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "cyclegan")])

@@ -126,11 +126,20 @@ def test_a_target_without_labels(pair, tmp_path):
     done = run("bash", ROOT / "run_all.sh", **given | {"TARGET": str(pair / "target" / "leftImg8bit" / "train" / "a city")})
     assert done.returncode == 2
     (city,) = (pair / "target" / "leftImg8bit" / "train").iterdir()
-    done = run("bash", ROOT / "run_all.sh", **given | {"TARGET": str(city)})
+    photos = tmp_path / "photos"
+    for i, path in enumerate(sorted(city.iterdir())):
+        (photos / f"camera {i}").mkdir(parents=True)
+        shutil.copy(path, photos / f"camera {i}" / "0001.png")  # the same name in each folder
+        (photos / f"camera {i}" / "._0001.png").touch()
+    (photos / "loop").symlink_to(photos)
+    given |= {"TARGET": str(photos)}
+    done = run("bash", ROOT / "run_all.sh", **given)
     assert done.returncode == 0 and "no labelled val split there. Left out: the Oracle, scores" in done.stdout, done.stderr
     results = tmp_path / "out" / "results"
-    assert sorted(path.name for path in results.glob("*.*")) == [".lock", "table1.csv", "translations.png"]
-    assert len([*results.glob("predictions/*.png")]) == len([*results.glob("predictions/*_overlay.jpg")]) == 3
+    assert sorted(path.name for path in results.glob("*.*")) == [".lock", "table1.csv", "translations.csv", "translations.png"]
+    assert len([*results.glob("predictions/*/*.png")]) == len([*results.glob("predictions/*/*_overlay.jpg")]) == 3
+    again = run("bash", ROOT / "run_all.sh", **given)
+    assert again.returncode == 0 and "finished, and nothing has changed" in again.stdout
     assert not (tmp_path / "out" / "segmenters" / "oracle").exists()
 
 
@@ -262,7 +271,7 @@ def test_predictions_are_label_ids_and_predict_writes_the_same(lively_segmenter,
         "--save-predictions", tmp_path / "p", "--workers", 0, "--out", tmp_path / "t.csv",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    files = sorted((tmp_path / "p").iterdir())
+    files = sorted((tmp_path / "p").glob("*.png"))
     names = [frame.name for frame in data.list_frames(pair / "target", "val")]
     assert len(names) == 2 and [f.name for f in files] == [f"{name}.png" for name in names]
     assert set(data.load_label_ids(files[0]).unique().tolist()) <= {c.id for c in data.CLASSES}

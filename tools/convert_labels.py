@@ -9,10 +9,9 @@ For SYNTHIA, put docs/classes/synthia16.csv or synthia13.csv as classes.csv into
 """
 
 import csv
+import itertools
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -47,14 +46,17 @@ def read_table(path):
 def convert(path, out, table, is_colour):
     """Write OUT/NAME.png, a palette PNG of label ids in Cityscapes' colours. Raises ValueError naming the file."""
     try:
-        with Image.open(path) as image:
-            is_indexed = image.mode in ("L", "P") and not is_colour
-            pixels = np.array(image if is_indexed else image.convert("RGB"))
-        if not is_colour and not is_indexed:  # Pillow would keep the upper 8 of 16 bits
-            pixels = decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED)[0].numpy()
+        with Image.open(path, formats=["PNG"]) as image:
+            raw = str(image.tile[0][3])  # the file's pixel format; image.mode is what Pillow makes of it
+            pixels = np.array(image.convert("RGB") if is_colour else image)
+        if "16" in raw:  # Pillow would keep the upper 8 bits
+            pixels = decode_image(read_file(str(path)), mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     except Exception as error:  # decoders raise many kinds
         raise ValueError(f"{path}: cannot be read ({error})") from error
-    values = (pixels.astype(np.int64) * (65536, 256, 1)).sum(2) if is_colour else pixels.astype(np.int64)
+    if raw in ("L;2", "L;4") or (is_colour and "16" in raw):
+        raise ValueError(f"{path}: {raw} pixels; {'8-bit colours' if is_colour else '8-bit or 16-bit values'} are needed")
+    pixels = pixels.astype(np.int64)
+    values = (pixels * (65536, 256, 1)).sum(2) if is_colour else pixels[..., 0] if pixels.ndim == 3 else pixels
     used, places = np.unique(values, return_inverse=True)
     if unknown := [int(value) for value in used if int(value) not in table]:
         shown = "{}, {}, {}".format(*divmod(unknown[0] // 256, 256), unknown[0] % 256) if is_colour else unknown[0]
@@ -75,11 +77,20 @@ def main():
     paths = sorted(path for path in args.labels.iterdir() if path.suffix.lower() == ".png" and path.name[0] != ".")
     if not paths:
         raise ValueError(f"{args.labels}: no PNG files there")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if other := [path for path in paths if not path.is_file()]:  # opening a FIFO would block
+        raise ValueError(f"{other[0]}: not a regular file")
+    if repeated := [one for one, two in itertools.pairwise(sorted(path.stem for path in paths)) if one == two]:
+        raise ValueError(f"{args.labels}: two files of the name {repeated[0]}")
+    settings, made = {"table": files.digest(args.table)}, args.out / "args.json"
+    if made.is_file() and files.read_json(made) != settings:
+        raise ValueError(f"--out {args.out}: made with another table; give another --out, or delete this one")
+    lock = files.lock(args.out)  # noqa: F841 - held until this process ends
     files.clear_parts(args.out)
+    files.write_json(made, settings)
     left = [path for path in paths if not (args.out / f"{path.stem}.png").is_file()]
-    with loading.progress(len(left), args.out) as bar, ProcessPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(partial(convert, out=args.out, table=table, is_colour=is_colour), left, chunksize=8):
+    with loading.progress(len(left), args.out) as bar, files.writers(os.cpu_count()) as submit:
+        for path in left:
+            submit(convert, path, args.out, table, is_colour)
             bar.update()
 
 
