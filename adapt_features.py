@@ -68,6 +68,10 @@ class Gate:
         self.open_steps += is_open
         return is_open.float()
 
+    def __str__(self):
+        note = "" if self.open_steps else f": D_feat never passed --gate {self.threshold}, so no adversary took part"
+        return f"the gate was open in {int(self.open_steps)} of {int(self.steps)} steps{note}"
+
     def state_dict(self):
         return {"accuracies": self.accuracies, "open_steps": self.open_steps, "steps": self.steps}
 
@@ -120,14 +124,15 @@ def main():
     torch.manual_seed(args.seed)
     segmenter = models.load_network(weights, models.UNet, run.device)
     source.classes.check_same(data.Classes(segmenter.classes or data.CITYSCAPES.rows), "--source and --segmenter")
-    segmenter = synchronise_batchnorm(segmenter, run.device)
-    segmenter.to(memory_format=torch.channels_last).train()
+    segmenter = synchronise_batchnorm(segmenter, run.device).to(memory_format=torch.channels_last).train()
     discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
     opt_segmenter = adam(segmenter.parameters(), lr=args.lr)
     opt_discriminator = adam(discriminator.parameters(), lr=args.discriminator_lr)
-    optimizers, gate = dict(opt_segmenter=opt_segmenter, opt_discriminator=opt_discriminator), Gate(args.gate, run.device)
-    networks = dict(segmenter=segmenter, discriminator=discriminator)
-    run.restore(lambda: models.network_state(segmenter, args.width, source.classes.rows), **networks, **optimizers, gate=gate)
+    gate = Gate(args.gate, run.device)
+    parts = segmenter, discriminator, opt_segmenter, opt_discriminator, gate
+    names = ("segmenter", "discriminator", "opt_segmenter", "opt_discriminator", "gate")
+    content = lambda: models.network_state(segmenter, args.width, source.classes.rows)  # noqa: E731
+    run.restore(content, **dict(zip(names, parts, strict=True)))
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
     labelled = data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache)
@@ -135,7 +140,6 @@ def main():
     autocast = runtime.autocast(run.device, args.precision)
 
     def step(*batch):
-        parts = segmenter, discriminator, opt_segmenter, opt_discriminator, gate
         return training_step(*parts, batch, args.layer, args.adversarial_weight, autocast)
 
     graphed_step = GraphedStep(step, run.device)
@@ -144,11 +148,9 @@ def main():
         set_learning_rate(opt_segmenter, lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
         run.log(graphed_step(x, labels, y), lr=lr)
-    opened, steps = int(gate.open_steps), int(gate.steps)
     if args.adversarial_weight > 0:
-        note = "" if opened else f": D_feat never passed --gate {args.gate}, so no adversary took part"
-        print(f"{args.out}: the gate was open in {opened} of {steps} steps{note}")
-    run.finish(gate_open_steps=opened, gate_steps=steps)
+        print(f"{args.out}: {gate}")
+    run.finish(gate_open_steps=int(gate.open_steps), gate_steps=int(gate.steps))
 
 
 if __name__ == "__main__":

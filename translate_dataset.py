@@ -171,14 +171,28 @@ def translate_batches(translator, batches, classes, width, args):
         loading.progress(len(frames), args.out) as bar,
         files.writers(WRITERS) as submit,
     ):
-        for batch in loading.batches(
-            ResizedPairs(frames, width, classes), indices, args.workers, collate=list
-        ):  # sizes may differ
+        pairs = ResizedPairs(frames, width, classes)
+        for batch in loading.batches(pairs, indices, args.workers, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 for pair in zip(names, translator(names, images).permute(0, 2, 3, 1), labels, strict=True):
                     submit(write, *pair)
             bar.update(len(batch))
+
+
+def load_translator(args, exclude, device, precision):
+    """-> (translator, the width in pixels that it works at, a hash of what it depends on).
+
+    translator(names, images): B names and B images (3, h, w) uint8 -> (B, 3, h, w) uint8 on the CPU.
+    """
+    if args.colours_of:
+        photographs = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude)
+        transfer = ColourTransfer(photographs, args.width, args.seed)
+        content = f"{photographs.fingerprint()}, seed {args.seed}"
+        return lambda names, images: torch.stack([*map(transfer, names, images)]), args.width, content
+    weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
+    G = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
+    return lambda _, images: translate(G, torch.stack(images).to(device), autocast).cpu(), G.width, files.digest(weights)
 
 
 def main():
@@ -191,15 +205,7 @@ def main():
         frames = data.list_frames(args.source[0], args.split, exclude=exclude)
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     precision = runtime.pick_precision(args.precision, device)
-    if args.colours_of:
-        photographs, width = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude), args.width
-        transfer, content = ColourTransfer(photographs, width, args.seed), f"{photographs.fingerprint()}, seed {args.seed}"
-        translator = lambda names, images: torch.stack([*map(transfer, names, images)])  # noqa: E731
-    else:
-        weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
-        generator = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
-        width, content = generator.width, files.digest(weights)
-        translator = lambda names, images: translate(generator, torch.stack(images).to(device), autocast).cpu()  # noqa: E731
+    translator, width, content = load_translator(args, exclude, device, precision)
     data.check_frames(frames, width)
 
     runtime.join_processes(device)
@@ -220,9 +226,8 @@ def main():
     # Shard before skipping finished frames, so that a resumed run batches exactly as an uninterrupted one.
     batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
     done = finished_names(args)
-    own = [
-        batch for batch in batches[runtime.rank() :: runtime.processes()] if not done.issuperset(frame.name for frame in batch)
-    ]
+    own = batches[runtime.rank() :: runtime.processes()]
+    own = [batch for batch in own if not done.issuperset(frame.name for frame in batch)]
     count = sum(frame.name in done for frame in frames)
     where = runtime.describe(device, settings["precision"])
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
