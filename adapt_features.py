@@ -109,7 +109,7 @@ def training_step(segmenter, discriminator, opt_segmenter, opt_discriminator, ga
 def main():
     args = parse_args()
     run = training.Run(args)
-    exclude = data.read_names(args.exclude) if args.exclude else ()
+    exclude = data.read_names(args.exclude)
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
     data.check_frames(target, args.width, args.crop_size)
     if args.check:  # not --source and --segmenter: stages 2 and 3 may not have run yet

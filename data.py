@@ -267,7 +267,9 @@ def _examine(frame, classes, decode):
 
 
 def read_names(path):
-    """Read names of frames, or of their files, from a text file, one per line, # starting a comment -> frozenset."""
+    """Read names of frames, or of their files, from a text file (or None), one per line, # starting a comment -> frozenset."""
+    if path is None:
+        return frozenset()
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # as Python decodes paths
         names = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file} - {""}
     if not names:
@@ -465,7 +467,7 @@ def main():
     args = parser.parse_args()
     folder, count = printable(args.folder), 0
     try:
-        data_set = Path(args.folder), args.split, not args.unlabelled, read_names(args.exclude) if args.exclude else ()
+        data_set = Path(args.folder), args.split, not args.unlabelled, read_names(args.exclude)
         found = FrameList(CITYSCAPES if args.unlabelled else read_classes(args.folder))
         for problem in _problems(found, *data_set, decode=True) if args.check_data else ():
             print(problem, flush=True)

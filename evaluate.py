@@ -84,6 +84,11 @@ def load_segmenter(run, flag, device):
     return segmenter.to(memory_format=torch.channels_last)
 
 
+def evenly_spaced(items, count):
+    """At most `count` items of a list, the first and the last among them."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
 @torch.inference_mode()
 def predict(segmenter, image, size, autocast):
     """(3, h, w) uint8 on the network's device -> (H, W) train ids; the logits are resized to `size` (H, W) before argmax."""
@@ -226,7 +231,7 @@ def main():
     if args.out:
         read_table(args.out)  # before the work, not after it
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
-    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude))
     settings = {
         "frames": frames.fingerprint(),
         "content": frames.content(images=True),

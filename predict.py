@@ -10,13 +10,11 @@ its subfolder. The same command resumes: finished photographs are skipped.
 
 import logging
 
-import numpy as np
-
 import data
 import files
 import loading
 import runtime
-from evaluate import load_segmenter, open_predictions, predict, save_prediction
+from evaluate import evenly_spaced, load_segmenter, open_predictions, predict, save_prediction
 
 log = logging.getLogger("predict")
 
@@ -50,12 +48,12 @@ def main():
     args = parse_args()
     files.check_out(args.out, *args.images)
     weights = files.finished(args.segmenter, "--segmenter")
-    frames = data.list_images(args.images, args.split, data.read_names(args.exclude) if args.exclude else ())
+    frames = data.list_images(args.images, args.split, data.read_names(args.exclude))
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
     precision = runtime.pick_precision(args.precision, device)
     segmenter = load_segmenter(args.segmenter, "--segmenter", device)
     if args.sample:
-        frames = [frames[i] for i in np.linspace(0, len(frames) - 1, min(args.sample, len(frames))).round().astype(int)]
+        frames = evenly_spaced(frames, args.sample)
     data.check_frames(frames, segmenter.width)
     runtime.join_processes(device)
     if runtime.is_first():

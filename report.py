@@ -17,7 +17,7 @@ import torch
 import data
 import files
 import runtime
-from evaluate import COLUMNS, MEANS, load_segmenter, predict, read_evaluation, rounded
+from evaluate import COLUMNS, MEANS, evenly_spaced, load_segmenter, predict, read_evaluation, rounded
 
 # The models of table 2 (colour transfer, FastCUT and control are not the paper's) and their folders, also of translators.
 MODELS = {
@@ -33,7 +33,6 @@ MODELS = {
 }
 SOURCES = {"Source": "source", "Source, resized": "source_resized"}  # frames at their own size, and at the translations' width
 COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
-FOLDERS = {"train_translator.py": "translators", "translate_dataset.py": "translated", "train_segmenter.py": "segmenters"}
 LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
 FIGURE_ROWS, JUDGED = 4, 16  # frames per figure, and per translator in translations.csv
@@ -162,11 +161,11 @@ def write_tables(out):
 # Translations, judged without labels
 
 
-def marks(images):
-    """How much stronger images (3, H, W) are at periods of 2 and 4 pixels than at the periods beside them (ours).
+def checkerboard(images):
+    """Strength of checkerboard artefacts in images (3, H, W) uint8: 1 means none (ours).
 
-    Transposed convolutions leave a grid of these periods. 1 means no marks. The power is that of the rows' and the columns'
-    spectra, averaged over all images; the neighbours are the three frequencies on each side.
+    Two transposed convolutions leave a grid with periods of 2 and 4 pixels (Odena et al. 2016). This is the images' mean power
+    at these periods over that at the three frequencies on each side, averaged over both periods, rows and columns.
     """
     ratios = []
     for axis, k in itertools.product((1, 2), (2, 4)):
@@ -183,10 +182,10 @@ def marks(images):
 
 
 def judge_translations(out):
-    """Rows of translations.csv, one per translator: how much it marks its images, and how much of their content it keeps.
+    """Rows of translations.csv, one per translator: its checkerboard artefacts, and how much of the content it keeps.
 
-    marks: see above; for the target, of its photographs at the translations' width. content_kept: percentage of pixels that
-    Source Only's model gives the same class in a frame and in its translation; a model that predicts at random agrees, too.
+    checkerboard: see above; for the target, of its photographs at the translations' width. content_kept: percentage of
+    pixels to which Source Only's model gives the same class in a frame and in its translation.
     """
     rows, run, photographs = [], out / "segmenters" / "source_only", None
     for model, name in MODELS.items():
@@ -209,8 +208,10 @@ def judge_translations(out):
             splits = files.read_json(settings[0], "target_splits")["target_splits"]
             listed = data.list_frames(target, splits, labelled=False, exclude=exclude)
             photographs = [data.load_at_width(f.image, translations[0].shape[-1]) for f in evenly_spaced(listed, JUDGED)]
-            rows.insert(0, {"model": "Target", "marks": f"{marks(photographs):.2f}", "content_kept": ""})
-        rows.append({"model": model, "marks": f"{marks(translations):.2f}", "content_kept": f"{100 * np.mean(kept):.1f}"})
+            rows.insert(0, {"model": "Target", "checkerboard": f"{checkerboard(photographs):.2f}", "content_kept": ""})
+        rows.append(
+            {"model": model, "checkerboard": f"{checkerboard(translations):.2f}", "content_kept": f"{100 * np.mean(kept):.1f}"}
+        )
     return rows
 
 
@@ -238,7 +239,7 @@ def translations_figure(out):
     frames = [data.list_frames(folder, labelled=False, exclude=exclude) for folder in folders.values()]
     images = [{frame.name: frame.image for frame in listed} for listed in frames]
     names = sorted(set.intersection(*map(set, images)))  # stage 2 may still be at work
-    rows = [[data.load_image(paths[name]) for paths in images] for name in evenly_spaced(names)]
+    rows = [[data.load_image(paths[name]) for paths in images] for name in evenly_spaced(names, FIGURE_ROWS)]
     files.write_figure(out / "results" / "translations.png", list(folders), rows)
 
 
@@ -257,18 +258,13 @@ def segmentations_figure(out):
     rows = []
     frames = data.list_frames(target, "val", exclude=exclude)
     classes = frames.classes
-    for frame in evenly_spaced(frames):
+    for frame in evenly_spaced(frames, FIGURE_ROWS):
         image, label = data.load_image(frame.image), data.load_label(frame.label, classes)
         inputs = [(segmenter, data.resize_to_width(image, segmenter.width)) for segmenter in segmenters]
         maps = [*(predict(segmenter, resized, label.shape, autocast) for segmenter, resized in inputs), label]
         rows.append([image, *(data.colourise(ids, classes) for ids in maps)])
     legend = dict(zip(classes.names, map(tuple, classes.palette.tolist()), strict=True))
     files.write_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend)
-
-
-def evenly_spaced(items, count=FIGURE_ROWS):
-    """At most `count` items of a list, the first and the last among them."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +276,7 @@ def forecast(out, scale):
 
     A trainer's further steps take as long as the trial's; everything else takes the time that OUT/times.csv has for it.
     """
-    seconds, memory, longest = {}, {}, {}
+    seconds, memory, longest, disk = {}, {}, {}, {"translate_dataset.py": size_of(out / "translated")}
     for row in files.read_csv(out / "times.csv", "script", "stage", "seconds"):  # a stage that was resumed has several rows
         key = row["script"], row["stage"]
         longest[key] = max(longest.get(key, 0), float(row["seconds"]))
@@ -291,16 +287,17 @@ def forecast(out, scale):
         further = run["iterations"] * (1 / scale - 1)
         seconds[script] = seconds.get(script, 0) + further * (run["seconds_per_iteration"] + run["wait_seconds"])
         memory[script] = max(memory.get(script, 0), run["peak_memory_mib"])
-    rows = [[script, seconds[script] / 3600, memory.get(script), FOLDERS.get(script)] for script in seconds]
-    rows.append(["all", sum(seconds.values()) / 3600, max(memory.values(), default=None), ""])
+        disk[script] = disk.get(script, 0) + size_of(path.parent)
+    rows = [(script, seconds[script], memory.get(script), disk.get(script)) for script in seconds]
+    rows.append(("all", sum(seconds.values()), max(memory.values(), default=None), size_of(out)))
     return [
         {
             "script": script,
-            "hours": f"{hours:.2f}",
+            "hours": f"{wall / 3600:.3f}",
             "peak memory, MiB": "" if peak is None else f"{peak:.0f}",
-            "disk, GiB": "" if folder is None else f"{size_of(out / folder) / 2**30:.2f}",
+            "disk, GiB": "" if size is None else f"{size / 2**30:.2f}",
         }
-        for script, hours, peak, folder in rows
+        for script, wall, peak, size in rows
     ]
 
 
@@ -328,7 +325,9 @@ def main():
         write_tables(out)
         if rows := judge_translations(out):
             files.write_csv(out / "results" / "translations.csv", rows)
-            print_table("Translations without labels: marks (1: none), percentage of pixels whose class is kept", rows)
+            print_table(
+                "Translations without labels: checkerboard artefacts (1: none), percentage of pixels whose class is kept", rows
+            )
         translations_figure(out)
         segmentations_figure(out)
     if args.scale < 1:

@@ -58,7 +58,7 @@ def main():
     weights = None if args.encoder_weights == "none" else args.encoder_weights
     args.content_of_encoder_weights = files.digest(weights) if weights not in (None, "imagenet") else args.encoder_weights
     run = training.Run(args)
-    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude) if args.exclude else ())
+    frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude))
     if run.is_finished(data=frames):
         return
     data.check_frames(frames, args.width, args.crop_size)

@@ -219,7 +219,7 @@ def _on(device, network):
 def main():
     args = parse_args()
     run = training.Run(args)
-    exclude = data.read_names(args.exclude) if args.exclude else ()
+    exclude = data.read_names(args.exclude)
     source = data.list_frames(args.source, labelled=False, exclude=exclude)
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
     if run.is_finished(source=source, target=target):

@@ -198,7 +198,7 @@ def load_translator(args, exclude, device, precision):
 def main():
     args = parse_args()
     files.check_out(args.out, *args.source, args.translator, args.colours_of)
-    exclude = data.read_names(args.exclude) if args.exclude else ()
+    exclude = data.read_names(args.exclude)
     if args.unlabelled:
         frames = data.list_images(args.source, args.split, exclude)
     else:

@@ -68,10 +68,14 @@ def test_a_step_costs_what_the_papers_times_say(monkeypatch):
     monkeypatch.setattr(train_translator, "backward_and_step", lambda optimizer, loss: loss.backward())
     monkeypatch.setattr(torch, "autocast", lambda *_, **options: contextlib.nullcontext())  # knows no meta device
     cost = {}
-    for method in ("fastcut_l5", "cut", "cyclegan"):
-        made = steps.build(method, torch.device("meta"), 400)
+    for name in ("fastcut_l5", "cut", "cyclegan", "fastcut_l5 --flip-equivariance", "cut --flip-equivariance"):
+        method, *words = name.split()
+        made = steps.build(method, torch.device("meta"), 400, words=words)
         with FlopCounterMode(display=False) as counter:
             made.step(contextlib.nullcontext())
-        cost[method] = counter.get_total_flops()
+        cost[name] = counter.get_total_flops()
     assert cost["fastcut_l5"] / cost["cyclegan"] == pytest.approx(0.396, abs=0.002)
     assert cost["cut"] / cost["cyclegan"] == pytest.approx(0.752, abs=0.002)
+    # With flips the encoder runs once more, for the positives.
+    assert cost["fastcut_l5 --flip-equivariance"] / cost["cyclegan"] == pytest.approx(0.438, abs=0.002)
+    assert cost["cut --flip-equivariance"] / cost["cyclegan"] == pytest.approx(0.838, abs=0.002)

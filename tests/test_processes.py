@@ -163,6 +163,15 @@ def test_stage_2_in_two_processes_writes_the_same_bytes(pair, trained, tmp_path)
     assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 2 * 4
 
 
+def test_predictions_in_two_processes_are_the_same(pair, trained, tmp_path):
+    words = ["--segmenter", trained / "segmenter", "--images", pair / "source" / "images", "--device", "cpu", "--out"]
+    assert script("predict.py", *words, tmp_path / "one", **ONE_THREAD).returncode == 0
+    assert torchrun(ROOT / "predict.py", *words, tmp_path / "two").returncode == 0
+    assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 4
+    result = torchrun(ROOT / "predict.py", *words[:3], pair / "target", *words[4:], tmp_path / "two")
+    assert result.returncode == 1 and "of another model, settings or folder of images" in result.stderr
+
+
 def test_scores_in_two_processes_are_the_same(pair, trained, tmp_path):
     words = ["--segmenter", trained / "segmenter", "--data", pair / "source", "--workers", 0, "--device", "cpu", "--name", "A"]
     outs = [["--out", tmp_path / name / "t.csv", "--save-predictions", tmp_path / name / "p"] for name in ("one", "two")]

@@ -227,16 +227,16 @@ def test_table3_is_the_recovered_part():
     }
 
 
-def test_marks_are_a_grid_of_two_or_four_pixels():
+def test_checkerboard_artefacts_are_a_grid_of_two_or_four_pixels():
     generator = torch.Generator().manual_seed(0)
     plain = [torch.randint(60, 190, (3, 62, 101), generator=generator, dtype=torch.uint8) for _ in range(40)]
-    assert report.marks(plain) == pytest.approx(1, abs=0.1)
+    assert report.checkerboard(plain) == pytest.approx(1, abs=0.1)
     for period, size in ((2, 3), (4, 6)):
         grid = torch.zeros(62, 101, dtype=torch.uint8)
         grid[::period, ::period] = size * 5
-        assert report.marks([image + grid for image in plain]) > 1.2
+        assert report.checkerboard([image + grid for image in plain]) > 1.2
     grid = (20 * torch.arange(101).mul(2 * torch.pi / 7).cos() + 20).byte().expand(62, 101)  # a period of seven is none
-    assert report.marks([image // 2 + grid for image in plain]) == pytest.approx(1, abs=0.1)
+    assert report.checkerboard([image // 2 + grid for image in plain]) == pytest.approx(1, abs=0.1)
 
 
 def test_translations_are_judged_without_labels(out, tmp_path, call):
