@@ -2,15 +2,22 @@
 
     python adapt_features.py --source translated/fastcut_l5 --target cityscapes --segmenter runs/fastcut_l5 --out runs/clada
 
-D_feat sees an intermediate layer of the segmenter (--layer) and learns to tell translated source from target. The segmenter
-learns to make target features pass for source features, and keeps training on the labels of the translated source. The gate
-of CyCADA (Hoffman et al. 2018) lets the adversarial term reach the segmenter only while D_feat's accuracy over its last 100
-batches is above 60%. The target's labels are not read. --adversarial-weight 0 is the control: the same fine-tuning, with
-target frames passing through the segmenter and its BatchNorm statistics, but without the adversary's gradient. The
-segmenter's learning rate is constant for the first half, then falls linearly to 0; D_feat's is constant. CyCADA skips the
-segmenter's whole step while the gate is shut; here the supervised loss continues (ours, as are this stage's layer, Adam,
-learning rates, crop, batch and iterations; the weight of 0.1 is CyCADA's). The same command resumes an unfinished run.
+D_feat sees an intermediate layer of the segmenter (--layer) and learns to tell translated source from target, at first alone
+(--head-start). Then the segmenter learns to make target features pass for source features, and keeps training on the labels
+of the translated source. The gate of CyCADA (Hoffman et al. 2018) lets the adversarial term reach the segmenter only while
+D_feat's accuracy over its last 100 batches is above 60%. The target's labels are not read.
+
+Two controls tell what the stage gains from what. --adversarial-weight 0: target frames pass through the segmenter and its
+BatchNorm statistics, but the adversary's gradient does not reach it. --no-target: more steps alone, without target frames.
+
+The segmenter's learning rate is constant for the first half of its steps, then falls linearly to 0; D_feat's is constant.
+CyCADA skips the segmenter's whole step while the gate is shut; here the supervised loss continues (ours, as are this stage's
+layer, Adam, learning rates, crop, batch and iterations; the weight of 0.1 is CyCADA's). The same command resumes an
+unfinished run.
 """
+
+import logging
+from functools import partial
 
 import torch
 from torch.utils.data import StackDataset
@@ -24,6 +31,8 @@ from losses import discriminator_loss, gan_loss, segmentation_loss
 from optimization import GraphedStep, adam, backward_and_step, constant_then_linear, set_learning_rate, synchronise_batchnorm
 
 GATE_WINDOW = 100  # batches, Hoffman et al. 2018
+SHUT = "the adversary hardly took part; a longer --head-start or a higher --discriminator-lr gives D_feat more time"
+log = logging.getLogger("adapt_features")
 LAYERS = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
 
 
@@ -43,8 +52,15 @@ def parse_args(words=None):
     add("--adversarial-weight", type=runtime.non_negative, default=0.1, help="of the adversarial term (default 0.1)")
     add("--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)")
     add("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
+    add("--head-start", type=runtime.count, help="of --iterations, steps of D_feat alone (default: a tenth)")
+    add("--no-target", action="store_true", help="control: no target frames reach the segmenter, and there is no adversary")
     training.add_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.head_start is None:
+        args.head_start = args.iterations // 10
+    if args.head_start >= args.iterations:
+        parser.error(f"--head-start {args.head_start}: must be below --iterations, {args.iterations}")
+    return args
 
 
 class Gate:
@@ -57,53 +73,66 @@ class Gate:
         self.threshold = threshold
         self.accuracies = torch.zeros(GATE_WINDOW, device=device)  # a ring buffer
         self.positions = torch.arange(GATE_WINDOW, device=device)
-        self.open_steps, self.steps = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.batches, self.open_steps = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
-    def update(self, accuracy):
-        """Add the accuracy of the newest batch, a scalar tensor in [0, 1] -> 1.0 if the gate is open, else 0.0."""
-        is_next = self.positions == self.steps % GATE_WINDOW
+    def mean_accuracy(self):
+        return self.accuracies.sum() / self.batches.clamp(1, GATE_WINDOW)
+
+    def update(self, accuracy, counts=True):
+        """Add the accuracy of the newest batch, a scalar tensor in [0, 1] -> 1.0 if the gate is open, else 0.0.
+
+        counts: count the step in `open_steps` if the gate is open.
+        """
+        is_next = self.positions == self.batches % GATE_WINDOW
         self.accuracies.copy_(torch.where(is_next, accuracy, self.accuracies))  # masked_fill_ would wait for the device
-        self.steps += 1
-        is_open = self.accuracies.sum() / self.steps.clamp(max=GATE_WINDOW) > self.threshold
-        self.open_steps += is_open
+        self.batches += 1
+        is_open = self.mean_accuracy() > self.threshold
+        self.open_steps += is_open & counts
         return is_open.float()
 
-    def __str__(self):
-        note = "" if self.open_steps else f": D_feat never passed --gate {self.threshold}, so no adversary took part"
-        return f"the gate was open in {int(self.open_steps)} of {int(self.steps)} steps{note}"
-
     def state_dict(self):
-        return {"accuracies": self.accuracies, "open_steps": self.open_steps, "steps": self.steps}
+        return {"accuracies": self.accuracies, "batches": self.batches, "open_steps": self.open_steps}
 
     def load_state_dict(self, state):
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
 
-def training_step(segmenter, discriminator, opt_segmenter, opt_discriminator, gate, batch, layer, weight, autocast):
-    """One step of D_feat and one of the segmenter. batch: source images and labels, target images -> losses by name."""
+def training_step(
+    segmenter, discriminator, opt_segmenter, opt_discriminator, gate, batch, layer, weight, autocast, head_start=False
+):
+    """One step of D_feat and, unless it has its head start, one of the segmenter -> losses by name.
+
+    batch: source images (B, 3, H, W) in [0, 1], their labels (B, H, W) and target images, or None for supervised steps alone.
+    """
     source, labels, target = batch
-    with autocast:
+    with autocast, torch.set_grad_enabled(not head_start):
         logits, features_source = segmenter(source, return_features=True)
-        _, features_target = segmenter(target, return_features=True)
-        features_source, features_target = features_source[layer], features_target[layer]
-
-        # D_feat: equation 1 on features; source features are "real".
-        real, fake = discriminator(features_source.detach()), discriminator(features_target.detach())
-        loss_D = discriminator_loss(real, fake, "vanilla")
-    accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
-    backward_and_step(opt_discriminator, loss_D)
-
-    # Segmenter: labels of the translated source and, while the gate is open, target features that pass for source.
+        if target is not None:
+            _, features_target = segmenter(target, return_features=True)
+            features_source, features_target = features_source[layer], features_target[layer]
     task = loss = segmentation_loss(logits, labels)
-    is_open = gate.update(runtime.all_reduce_mean_(accuracy.clone()))
+    losses = {"task": task}
+
+    if target is not None:  # D_feat: equation 1 on features; source features are "real"
+        with autocast:
+            real, fake = discriminator(features_source.detach()), discriminator(features_target.detach())
+            loss_D = discriminator_loss(real, fake, "vanilla")
+        accuracy = ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
+        backward_and_step(opt_discriminator, loss_D)
+        is_open = gate.update(runtime.all_reduce_mean_(accuracy.clone()), counts=not head_start)
+        losses |= {"D": loss_D, "D_accuracy": accuracy, "gate_open": is_open}
+
+    if head_start:
+        return losses
+    # Segmenter: labels of the translated source and, while the gate is open, target features that pass for source.
     discriminator.requires_grad_(False)
-    if weight > 0:
+    if target is not None and weight > 0:
         with autocast:
             loss = loss + weight * is_open * gan_loss(discriminator(features_target), True, "vanilla")
     backward_and_step(opt_segmenter, loss)
     discriminator.requires_grad_(True)
-    return {"task": task, "D": loss_D, "D_accuracy": accuracy, "gate_open": is_open}
+    return losses
 
 
 def main():
@@ -139,18 +168,27 @@ def main():
     dataset = StackDataset(labelled, data.Crops(target, *crops, stream=1, cache=args.cache))
     autocast = runtime.autocast(run.device, args.precision)
 
-    def step(*batch):
-        return training_step(*parts, batch, args.layer, args.adversarial_weight, autocast)
+    def step(x, labels, y, head_start=False):
+        batch = x, labels, None if args.no_target else y
+        return training_step(*parts, batch, args.layer, args.adversarial_weight, autocast, head_start)
 
-    graphed_step = GraphedStep(step, run.device)
+    head_step, full_step = GraphedStep(partial(step, head_start=True), run.device), GraphedStep(step, run.device)
+    steps = args.iterations - args.head_start  # of the segmenter
     for iteration, ((x, labels), y) in run.iterations(dataset):
-        lr = constant_then_linear(iteration, args.iterations, args.lr)
+        done = iteration - args.head_start
+        lr = constant_then_linear(max(0, done), steps, args.lr)
         set_learning_rate(opt_segmenter, lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
-        run.log(graphed_step(x, labels, y), lr=lr)
-    if args.adversarial_weight > 0:
-        print(f"{args.out}: {gate}")
-    run.finish(gate_open_steps=int(gate.open_steps), gate_steps=int(gate.steps))
+        run.log((head_step if done < 0 else full_step)(x, labels, y), lr=lr)
+    summary = {}
+    if not args.no_target:
+        summary = dict(gate_open_steps=int(gate.open_steps), gate_steps=steps, D_accuracy=float(gate.mean_accuracy()))
+    if summary and args.adversarial_weight > 0:
+        accuracy = f"D_feat's accuracy is {summary['D_accuracy']:.2f} at the end, --gate {args.gate}"
+        print(f"{args.out}: the gate was open in {summary['gate_open_steps']} of {steps} steps; {accuracy}")
+        if summary["gate_open_steps"] < steps / 10:
+            log.warning("%s: %s", args.out, SHUT)
+    run.finish(**summary)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ fi
 case $SETTINGS in
     demo) # everything smaller, for two cores in 20 minutes; every task model of table 2 gets as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
-        translate=450 segment=320 adapt=60 start=clada_start
+        translate=450 segment=320 head_start=140 adapt=60 start=clada_start
         common=(--workers 0 --log-every 10)
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --save-every 150)
         small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
@@ -101,7 +101,7 @@ case $SETTINGS in
         ;;
     paper) # every setting is the scripts' default; CLADA starts from FastCUT-L5's task model
         FID_WEIGHTS=${FID_WEIGHTS:-published}
-        translate=400000 segment=120000 adapt=20000 start=fastcut_l5
+        translate=400000 segment=120000 head_start=2000 adapt=18000 start=fastcut_l5
         common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     *) fail "SETTINGS is $SETTINGS: paper or demo" ;;
@@ -169,9 +169,11 @@ train_segmenter() { # NAME DATA ITERATIONS [ARG...]
     run_on_all train_segmenter.py --data "$2" --out "$OUT/segmenters/$1" --iterations "$(scaled "$3")" \
         "${common[@]}" "${segmenter[@]}" "${@:4}"
 }
-adapt_features() { # NAME ADVERSARIAL_WEIGHT_ARG...
+adapt_features() { # NAME [ARG...]
+    local alone && alone=$(scaled $head_start)
     run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --target-splits "$TARGET_SPLITS" \
-        --segmenter "$OUT/segmenters/$start" --out "$OUT/segmenters/$1" --iterations "$(scaled $adapt)" "${common[@]}" "${adapter[@]}" "${@:2}"
+        --segmenter "$OUT/segmenters/$start" --out "$OUT/segmenters/$1" --iterations $((alone + $(scaled $adapt))) \
+        --head-start "$alone" "${common[@]}" "${adapter[@]}" "${@:2}"
 }
 evaluate() { # MODEL NAME
     [ $scored = yes ] || return 0
@@ -276,9 +278,12 @@ if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
     title "Stage 4: CLADA, the task model on FastCUT-L5's translations fine-tuned against a feature discriminator"
     adapt_features clada
     evaluate CLADA clada
-    title "Stage 4: the control, the same fine-tuning without the adversary"
+    title "Stage 4: a control, the same fine-tuning without the adversary"
     adapt_features control --adversarial-weight 0
     evaluate control control
+    title "Stage 4: a second control, also without target frames: more steps alone"
+    adapt_features no_target --no-target
+    evaluate "control without target" no_target
 else
     title "Stage 4 left out: it needs fastcut_l5, which is not among METHODS ($METHODS)"
 fi

@@ -99,9 +99,11 @@ def test_gate_opens_on_the_mean_of_the_last_hundred():
     for _ in range(99):
         gate.update(0.5)
     assert not gate.update(0.5)
+    gate.threshold = 0.4
+    assert gate.update(0.5, counts=False)  # a step of the head start
     again = adapt_features.Gate(0.6)
     again.load_state_dict(gate.state_dict())
-    assert (again.steps, again.open_steps) == (gate.steps, gate.open_steps) == (102, 3)
+    assert (again.batches, again.open_steps) == (gate.batches, gate.open_steps) == (103, 3)
     assert torch.equal(again.accuracies, gate.accuracies) and len(gate.accuracies) == 100
 
 
@@ -245,35 +247,60 @@ def test_identity_term_is_lambda_y():
     assert "nce_y" not in tiny("fastcut_l5").step(x, y, torch.autocast("cpu", enabled=False))[1]
 
 
-def adapted(gate, weight):
-    """F and D after one step of stage 4 from one start, and the gate's count."""
+def start_of_adaptation():
     torch.manual_seed(0)
     segmenter = models.UNet(3, "efficientnet-b0").double().train()
-    discriminator = models.FeatureDiscriminator(segmenter.feature_channels["decoder3"]).double()
-    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (segmenter, discriminator)]
+    return segmenter, models.FeatureDiscriminator(segmenter.feature_channels["decoder3"]).double()
+
+
+def vectors(networks):
+    return [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in networks]
+
+
+def adapted(gate, weight, with_target=True, head_start=False):
+    """F and D after one step of stage 4, and the gate."""
+    networks = start_of_adaptation()
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
     gate = adapt_features.Gate(gate)
-    batch = torch.rand(2, 3, 32, 32).double(), torch.randint(3, (2, 32, 32)), torch.rand(2, 3, 32, 32).double()
-    autocast = torch.autocast("cpu", enabled=False)
-    adapt_features.training_step(segmenter, discriminator, *optimizers, gate, batch, "decoder3", weight, autocast)
-    return [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (segmenter, discriminator)], gate
+    source, labels, target = torch.rand(2, 3, 32, 32).double(), torch.randint(3, (2, 32, 32)), torch.rand(2, 3, 32, 32).double()
+    batch, autocast = (source, labels, target if with_target else None), torch.autocast("cpu", enabled=False)
+    adapt_features.training_step(*networks, *optimizers, gate, batch, "decoder3", weight, autocast, head_start)
+    return vectors(networks), gate
 
 
 def test_the_gate_holds_back_the_adversary_and_nothing_else():
     (shut, d_shut), gate = adapted(gate=1.0, weight=0.5)
-    assert (gate.open_steps, gate.steps) == (0, 1)
+    assert (gate.open_steps, gate.batches) == (0, 1)
     (opened, d_open), gate = adapted(gate=0.0, weight=0.5)
-    assert (gate.open_steps, gate.steps) == (1, 1)
+    assert (gate.open_steps, gate.batches) == (1, 1)
     (control, d_control), _ = adapted(gate=0.0, weight=0.0)
     assert torch.equal(shut, control) and not torch.equal(opened, control)
     assert torch.equal(d_shut, d_control) and torch.equal(d_open, d_control)  # D_feat learns all the same, from its own loss
 
 
+def test_in_its_head_start_d_feat_learns_alone():
+    before, d_before = vectors(start_of_adaptation())
+    (after, d_after), gate = adapted(gate=0.0, weight=0.5, head_start=True)
+    assert torch.equal(after, before) and not torch.equal(d_after, d_before)
+    assert torch.equal(d_after, adapted(gate=0.0, weight=0.5)[0][1])
+    assert (gate.open_steps, gate.batches) == (0, 1)  # its accuracy counts, its step does not
+
+
+def test_without_target_a_step_is_supervised():
+    before, d_before = vectors(start_of_adaptation())
+    (after, d_after), gate = adapted(gate=0.0, weight=0.5, with_target=False)
+    assert torch.equal(d_after, d_before) and gate.batches == 0
+    F, _ = start_of_adaptation()
+    source, labels, _ = torch.rand(2, 3, 32, 32).double(), torch.randint(3, (2, 32, 32)), torch.rand(2, 3, 32, 32)
+    descended([F], segmentation_loss(F(source), labels))
+    torch.testing.assert_close(after, vectors([F])[0])
+    assert not torch.equal(after, before)
+
+
 def test_an_adaptation_step_is_its_two_losses():
     """D_feat on equation 1 over the features as they are; then F on its task and on passing for source before that D_feat."""
     (ours, d_ours), _ = adapted(gate=0.0, weight=0.5)
-    torch.manual_seed(0)
-    F = models.UNet(3, "efficientnet-b0").double().train()
-    D = models.FeatureDiscriminator(F.feature_channels["decoder3"]).double()
+    F, D = start_of_adaptation()
     source, labels, target = torch.rand(2, 3, 32, 32).double(), torch.randint(3, (2, 32, 32)), torch.rand(2, 3, 32, 32).double()
     (logits, on_source), (_, on_target) = F(source, return_features=True), F(target, return_features=True)
     real, fake = D(on_source["decoder3"].detach()), D(on_target["decoder3"].detach())
@@ -281,8 +308,7 @@ def test_an_adaptation_step_is_its_two_losses():
     task, fooling = segmentation_loss(logits, labels), gan_loss(D(on_target["decoder3"]), True, "vanilla")
     descended([F], task + 0.5 * fooling)
     for network, found in ((F, ours), (D, d_ours)):
-        expected = torch.cat([p.detach().flatten() for p in network.parameters()])
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, vectors([network])[0])
 
 
 FAULTS = """

@@ -42,6 +42,8 @@ PAIRS = (
     ("FastCUT-L5", "colour transfer"),
     ("FastCUT-L5", "CycleGAN"),
     ("FastCUT-L5", "CUT"),
+    ("control without target", "FastCUT-L5"),
+    ("control", "control without target"),
     ("CLADA", "FastCUT-L5"),
     ("CLADA", "CUT"),
     ("CLADA", "control"),
