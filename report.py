@@ -4,8 +4,9 @@
 
 It reads OUT/distances/*.json (from fid.py), OUT/translators/*/summary.json, OUT/segmenters/*/evaluation.json (from
 evaluate.py) and OUT/translated, and writes OUT/results: table1.csv, table2.csv, table3.csv, translations.csv (translations
-judged without labels), translations.png (figure 3) and segmentations.png (figure 4). It prints the tables, and says what is
-missing for those that cannot be made yet. With --scale below 1 it also prints what the whole experiment would take.
+judged without labels), translations.png (figure 3), segmentations.png (figure 4) and index.html, one page with all of it.
+It prints the tables, and says what is missing for those that cannot be made yet. With --scale below 1 it also prints what
+the whole experiment would take.
 """
 
 import itertools
@@ -16,6 +17,7 @@ import torch
 
 import data
 import files
+import results_page
 import runtime
 from evaluate import COLUMNS, MEANS, evenly_spaced, load_segmenter, predict, read_evaluation, rounded
 
@@ -349,6 +351,8 @@ def main():
             )
         translations_figure(out)
         segmentations_figure(out)
+        results_page.write_page(out)
+        print(f"\nAll on one page: {out / 'results' / 'index.html'}")
     if args.scale < 1:
         title = f"Forecast from this trial (ITERATIONS_SCALE={args.scale:g}): the whole experiment on this machine would take"
         print_table(title, forecast(out, args.scale))

@@ -288,8 +288,6 @@ else
     title "Stage 4 left out: it needs fastcut_l5, which is not among METHODS ($METHODS)"
 fi
 
-title "Tables and figures, in $OUT/results"
-run report.py "$OUT" --scale "$ITERATIONS_SCALE"
 if [ $scored = no ]; then
     last=source_only
     for name in $METHODS clada; do [ ! -f "$OUT/segmenters/$name/weights.pt" ] || last=$name; done
@@ -298,6 +296,8 @@ if [ $scored = no ]; then
     run predict.py --segmenter "$OUT/segmenters/$last" --images "$TARGET" --split "$TARGET_SPLITS" --sample 8 --overlay \
         --out "$OUT/results/predictions" "${readers[@]}" "${exclude[@]}"
 fi
+title "Tables and figures, in $OUT/results"
+run report.py "$OUT" --scale "$ITERATIONS_SCALE"
 state >"$OUT/.finished"
 exit
 }

@@ -327,7 +327,8 @@ class Run:
         """Write summary.json and, last, weights.pt, which marks the run as finished."""
         if not runtime.is_first():
             return
-        summary |= {"version": runtime.VERSION, "iterations": self.iteration}
+        software = {"version": runtime.VERSION, "python": sys.version.split()[0], "torch": torch.__version__}
+        summary |= software | {"iterations": self.iteration}
         rows = [row for row in self.rows if row.get("wait_seconds")]  # older versions counted the wait as part of the step
         for name in ("seconds_per_iteration", "wait_seconds"):
             times = [float(row[name]) for row in rows] or [0.0]

@@ -1,9 +1,14 @@
 """report.py on a small OUT of known scores."""
 
+import base64
+import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -20,6 +25,7 @@ import report
 ROAD, SKY, CAR = 0, 10, 13  # train ids
 SCORES = {"Oracle": "45.00", "CLADA": "30.00", "control": "28.50", "Source Only": "20.00", "CUT": "25.00", "mine": "1.00"}
 FRAMES = {"frames": "3 frames, 0123", "content": "4567"}
+ARGS = {"script": "train_segmenter.py", "iterations": 20, "processes": 1}
 
 
 def row(miou, **iou):
@@ -61,9 +67,8 @@ def out(tmp_path):
     write_image(target / "leftImg8bit" / "val" / "a" / "1_leftImg8bit.png", (1, 2, 3))
     write_image(target / "gtFine" / "val" / "a" / "1_gtFine_labelIds.png", data.CLASSES[SKY].id)
     for name, domain, train_id in (("source_only", "source", ROAD), ("clada", "target", CAR), ("oracle", "target", None)):
-        files.write_json(
-            out / "segmenters" / name / "args.json", {"data": str(tmp_path / domain), "target": str(target), "exclude": None}
-        )
+        settings = ARGS | {"data": str(tmp_path / domain), "target": str(target), "exclude": None}
+        files.write_json(out / "segmenters" / name / "args.json", settings)
         if train_id is not None:
             segmenter = models.UNet(encoder="efficientnet-b0")
             segmenter.head.weight.data.zero_()
@@ -111,9 +116,10 @@ def test_everything_is_written_by_one_process_at_a_time(out):
     parts = dict(source_gap="25.00", clada_gap="15.00", recovered="40.0", CUT="20.0", control="34.0", mine="-76.0")
     assert table3[-1] == {"class": "mIoU"} | parts and list(table3[-1]) == ["class", *parts]
     assert all(f"Table {n}:" in printed for n in (1, 2, 3)) and "left out" not in printed
-    assert "CLADA's adversary: +1.50 mIoU over the control" in printed
+    assert "Stage 4, the adversary: +1.50 mIoU (CLADA - control)" in printed
     assert {path.name for path in (out / "results").iterdir()} == {
-        ".lock", "segmentations.png", "table1.csv", "table2.csv", "table3.csv", "translations.csv", "translations.png",
+        ".lock", "index.html", "segmentations.png", "table1.csv", "table2.csv", "table3.csv", "translations.csv",
+        "translations.png",
     }  # fmt: skip
     translations, segmentations = (Image.open(out / "results" / f"{name}ations.png") for name in ("transl", "segment"))
     assert colours(translations, 2) == [(0, 0, 0), (0, 0, 0)]
@@ -132,7 +138,9 @@ def test_what_cannot_be_made_yet_is_named(out, call):
     assert "Table 3 needs Oracle in table 2: left out" in printed
     assert f"Figure 3 needs {out}/segmenters/source_only/args.json: left out" in printed
     assert f"Figure 4 needs {out}/segmenters/clada/weights.pt: left out" in printed
-    assert {path.name for path in (out / "results").iterdir()} == {".lock", "table1.csv", "table2.csv"}
+    assert {path.name for path in (out / "results").iterdir()} == {".lock", "index.html", "table1.csv", "table2.csv"}
+    missing = "table3.csv, translations.csv, translations.png, segmentations.png"
+    assert f"<dt>Missing</dt><dd>{missing}</dd>" in (out / "results" / "index.html").read_text()
     assert list(table(out / "results" / "table1.csv")[1].values()) == ["CUT", "7", "", "", ""]
 
 
@@ -241,8 +249,8 @@ def test_checkerboard_artefacts_are_a_grid_of_two_or_four_pixels():
 
 def test_translations_are_judged_without_labels(out, tmp_path, call):
     """A model that predicts road everywhere finds all content kept; one that tells red from green finds none."""
-    summary = {"target": str(tmp_path / "target"), "target_splits": "val"}
-    files.write_json(out / "translators" / "cut" / "args.json", summary)
+    settings = ARGS | {"target": str(tmp_path / "target"), "target_splits": "val"}
+    files.write_json(out / "translators" / "cut" / "args.json", settings)
     call(out)
     rows = table(out / "results" / "translations.csv")
     assert [row["model"] for row in rows] == ["Target", "CUT"] and rows[1]["content_kept"] == "100.0"
@@ -260,3 +268,140 @@ def test_translations_are_judged_without_labels(out, tmp_path, call):
             one, two = (network(data.to_unit(image)[None])[0].argmax(0) for image in pair)
         kept.append((one == two).double().mean().item())
     assert float(row["content_kept"]) == pytest.approx(100 * np.mean(kept), abs=0.06)
+
+
+class Page(HTMLParser):
+    """OUT/results/index.html: its text, tags, attributes, and tables as lists of rows of (text, is_marked)."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.source = (out / "results" / "index.html").read_text()
+        self.tags, self.attributes, self.tables, self.words = [], [], [], []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append(["", ("class", "best") in attributes])
+
+    def handle_data(self, text):
+        self.words.append(text)
+        if self.tags and self.tags[-1] in ("th", "td") and text.strip():
+            self.tables[-1][-1][-1][0] += text
+
+    @property
+    def pictures(self):
+        sources = [value for name, value in self.attributes if name == "src"]
+        return [Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))) for source in sources]
+
+
+@pytest.fixture
+def filled(out, tmp_path):
+    """OUT with logs, samples and predictions, too; stage 1 unfinished."""
+    settings = ARGS | {"script": "train_translator.py", "iterations": 2000, "method": "cut", "crop_size": [64, 128], "seed": 0}
+    settings |= {"target": str(tmp_path / "target"), "target_splits": "val", "out": "a b", "antialias": True, "compile": False}
+    files.write_json(out / "translators" / "cut" / "args.json", settings | {"processes": 2, "content_of_target": "01"})
+    rows = [{"iteration": i, "D": 0.5, "nce_x": 1000 - i, "lr": 0.1, "wait_seconds": 0} for i in range(1, 1000)]
+    files.write_csv(out / "translators" / "cut" / "log.csv", rows)
+    for name in ("source_only", "clada"):
+        files.write_csv(
+            out / "segmenters" / name / "log.csv", [{"iteration": 10, "loss": 2.5, "lr": 0.1, "peak_memory_mib": 9}]
+        )
+    for step, colour in ((20, (250, 0, 0)), (100, (0, 250, 0)), (3, (0, 0, 250))):
+        write_image(out / "translators" / "cut" / "samples" / f"{step:07d}.png", colour)
+    write_image(out / "results" / "predictions" / "a city" / "1_overlay.jpg", (0, 0, 250))
+    return out
+
+
+def test_the_page_is_one_file_with_everything(filled, call):
+    printed = call(filled)
+    page = Page(filled)
+    assert "index.html" in printed and len(page.source) < 3e6
+    assert "http://" not in page.source and "https://" not in page.source and "url(" not in page.source
+    assert not {"script", "link", "iframe", "object", "embed", "a"} & set(page.tags)
+    assert page.tags.count("img") == len(page.pictures) == 4  # figures 3 and 4, a prediction, samples
+    assert max(picture.width for picture in page.pictures) == 1280
+    sample, prediction = page.pictures[-1], page.pictures[-2]
+    assert np.allclose(sample.getpixel((9, 9)), (0, 250, 0), atol=9)  # the newest
+    assert np.allclose(prediction.getpixel((9, 9)), (0, 0, 250), atol=9)
+    assert page.tags.count("svg") == len([*filled.glob("*/*/log.csv")]) == 3
+    assert page.tags.count("polyline") == 2 + 1 + 1
+    (line,) = re.findall(r'points="([^"]*)"/><polyline', page.source)
+    assert 100 < len(line.split()) <= 201 and line.endswith("354.0,122.0")
+    command = re.search("torchrun .* --antialias", "".join(page.words))[0]
+    assert shlex.split(command) == [
+        "torchrun", "--nproc-per-node=2", "train_translator.py", "--iterations", "2000", "--method", "cut", "--crop-size",
+        "64x128", "--seed", "0", "--target", str(filled.parent / "target"), "--target-splits", "val", "--out", "a b",
+        "--antialias",
+    ]  # fmt: skip
+    assert "cut (unfinished: step 999 of 2000)" in page.source and "<dt>Missing</dt><dd>none</dd>" in page.source
+
+
+def test_the_pages_numbers_are_those_of_the_tables_and_the_best_are_marked(filled, call):
+    write_evaluation(filled, "cut", "CUT", "30.00")
+    path = filled / "segmenters" / "cut" / "evaluation.json"
+    content = files.read_json(path)
+    files.write_json(path, content | {"row": content["row"] | {"person": 12.0, "rider": 9.0}})
+    write_distance(filled, "fastcut", FID=8)
+    call(filled)
+    page = Page(filled)
+    lower = {"FID", *MEASURED, "source_gap", "clada_gap", "checkerboard"}
+    names = ("table1.csv", "table2.csv", "table3.csv", "translations.csv")
+    for name, (head, *shown) in zip(names, page.tables[:4], strict=True):
+        rows = table(filled / "results" / name)
+        columns = list(rows[0])
+        arrows = [column + (" ↓" if column in lower else " ↑") for column in columns[1:]]
+        assert [text for text, _ in head] == [columns[0], *arrows]
+        assert [[text for text, _ in row] for row in shown] == [list(row.values()) for row in rows]
+        for i, column in enumerate(columns):
+            scores = {
+                row[columns[0]]: float(row[column]) * (-1 if column in lower else 1)
+                for row in rows
+                if i and row[column] and row[columns[0]] not in ("Source", "Source Only", "Oracle", "Target", "mIoU")
+            }
+            top = {key for key, score in scores.items() if score == max(scores.values()) > min(scores.values())}
+            assert {row[0][0] for row in shown if row[i][1]} == top, (name, column)
+    marked = {(row[0][0], page.tables[1][0][i][0]) for row in page.tables[1] for i, cell in enumerate(row) if cell[1]}
+    expected = {("CLADA", "mIoU ↑"), ("CUT", "mIoU ↑"), ("CUT", "person ↑")}
+    assert expected < marked and not {"Oracle", "Source Only", "CUT"} & {name for name, column in marked if column == "rider ↑"}
+
+
+def test_the_page_of_an_unfinished_run_names_what_is_missing(filled, call):
+    for part in ("segmenters", "translated"):
+        (filled / part).rename(filled.parent / part)
+    for path in (filled / "translators" / "cut").glob("s*"):
+        path.rename(filled.parent / path.name)
+    (filled / "translators" / "cut" / "log.csv").unlink()
+    call(filled)
+    page = Page(filled)
+    missing = "table2.csv, table3.csv, translations.csv, translations.png, segmentations.png"
+    assert (
+        f"<dt>Missing</dt><dd>{missing}</dd>" in page.source
+        and "<dt>Stage 4, adapt_features.py</dt><dd>none</dd>" in page.source
+    )
+    assert "cut (unfinished: step 0 of 2000)" in page.source
+    assert len(page.tables) == 1 and page.tags.count("img") == 1 and "svg" not in page.tags
+
+
+def test_names_are_escaped_on_the_page(filled, call):
+    name = "<script>alert('1')<&quot;\udcff"
+    (filled / "segmenters" / "clada").rename(filled / "segmenters" / name)
+    write_evaluation(filled, name, "<i>mine")
+    (filled / "results" / "predictions" / "a city").rename(filled / "results" / "predictions" / "<script>")
+    there = filled.rename(filled.with_name("<script>$name"))
+    call(there)
+    page = Page(there)
+    assert not {"script", "i"} & set(page.tags)
+    text = "".join(page.words)
+    shown = (
+        "CLADA: <script>$name",
+        "segmenters/<script>alert('1')<&quot;\\udcff",
+        "predictions/<script>/1_overlay.jpg",
+        "<i>mine",
+    )
+    assert all(words in text for words in shown), text

@@ -136,8 +136,10 @@ def test_a_target_without_labels(pair, tmp_path):
     done = run("bash", ROOT / "run_all.sh", **given)
     assert done.returncode == 0 and "no labelled val split there. Left out: the Oracle, scores" in done.stdout, done.stderr
     results = tmp_path / "out" / "results"
-    assert sorted(path.name for path in results.glob("*.*")) == [".lock", "table1.csv", "translations.csv", "translations.png"]
+    names = [".lock", "index.html", "table1.csv", "translations.csv", "translations.png"]
+    assert sorted(path.name for path in results.glob("*.*")) == names
     assert len([*results.glob("predictions/*/*.png")]) == len([*results.glob("predictions/*/*_overlay.jpg")]) == 3
+    assert (results / "index.html").read_text().count("0001_overlay.jpg</figcaption>") == 3
     again = run("bash", ROOT / "run_all.sh", **given)
     assert again.returncode == 0 and "finished, and nothing has changed" in again.stdout
     assert not (tmp_path / "out" / "segmenters" / "oracle").exists()
