@@ -169,7 +169,7 @@ def read_image(path, width=None):
 
 
 def end_with_parent(*_):
-    """In a reading process: let the kernel kill it when its parent dies, even while it is writing to it."""
+    """Worker init: let the kernel kill this process when its parent dies, even while it is writing to it."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 

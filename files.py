@@ -48,10 +48,11 @@ def write_whole(path, content):
         if error.errno == errno.ENOSPC:
             disk = os.statvfs(path.parent)
             reason += f": {len(content):,} bytes are needed, {disk.f_bavail * disk.f_frsize:,} are free"
-            reason += ", but no inodes" * (disk.f_files > 0 and disk.f_favail == 0)
+            if disk.f_files and not disk.f_favail:
+                reason += ", but no inodes"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # after the rename there is none
             temporary.unlink()
 
 
