@@ -139,12 +139,18 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     exclude: names of frames to leave out (read_names). Pairs in GTA5's layout whose image and label differ in size are left
     out too (about sixty in GTA5, 20801 to 20860). Logs how many are left out. Raises ValueError for any other problem.
     """
-    problems = []
-    frames = _find(Path(root), split, labelled, exclude, problems.append)
-    if not frames and not problems:
-        problems = [f"{root}: no image (.png, .jpg) to use; {len(frames.left_out)} left out"]
+    frames, problems = _match_files(Path(root), split, labelled, exclude)
     if problems:
         raise ValueError(problems[0] + f" (and {len(problems) - 1} more: see data.py DIR --check-data)" * (len(problems) > 1))
+    with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits
+        sizes = [*pool.map(_sizes, frames)]
+    differing = [frame for frame, (size, label_size) in zip(frames, sizes) if size != label_size]
+    if differing and not (Path(root) / "images").is_dir():
+        raise ValueError(f"{differing[0].label}: differs from its image in size ({len(differing)} of {len(frames)} labels)")
+    frames.left_out |= {frame.name: "left out, because image and label differ in size" for frame in differing}
+    frames[:] = [frame._replace(size=size) for frame, (size, label_size) in zip(frames, sizes) if size == label_size]
+    if not frames:
+        raise ValueError(f"{root}: no image (.png, .jpg) to use; {len(frames.left_out)} left out")
     if unmatched := sorted({*exclude} - {*map(_bare_name, frames.left_out)}):
         log.warning("%s: %d excluded names match no frame: %s", root, len(unmatched), first_few(unmatched))
     for reason in dict.fromkeys(frames.left_out.values()):
@@ -193,14 +199,14 @@ def check_frames(frames, width=None, crop=None):
         log.warning("%s: no label has an id above 18. Train ids? Label ids are needed (car is 26)", labels[0])
 
 
-def _find(root, split, labelled, exclude, report):
-    """Find frames and read the headers of their files -> FrameList. Calls report with one line per problem."""
+def _match_files(root, split, labelled, exclude):
+    """Find the files of frames by their names -> (FrameList without sizes, list of problems, one line each)."""
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     layout = next(folder for folder in LAYOUTS if (root / folder).is_dir())
     if labelled and not layout:
         raise ValueError(f"{root}: no images/ (GTA5) or leftImg8bit/ (Cityscapes) in it")
-    frames, pairs = FrameList(read_classes(root) if labelled else CITYSCAPES), []
+    frames, problems = FrameList(read_classes(root) if labelled else CITYSCAPES), []
     parts = dict.fromkeys(tuple(place.format(split=part) for place in LAYOUTS[layout]) for part in split.split(","))
     for of_images, of_labels in parts:
         images = _by_name(root, of_images, (".png", ".jpg", ".jpeg"))
@@ -210,41 +216,19 @@ def _find(root, split, labelled, exclude, report):
             if _bare_name(name) in exclude:
                 frames.left_out[name] = "excluded"
             elif not image or (labelled and not label):
-                report(f"{(image or label)[0]}: has no {'label (PNG)' if image else 'image'}")
+                problems.append(f"{(image or label)[0]}: has no {'label (PNG)' if image else 'image'}")
             elif others := image[1:] + label[1:]:  # outputs named after frames would overwrite each other
-                report(f"{others[0]}: a second file of frame {name}; names must be unique")
+                problems.append(f"{others[0]}: a second file of frame {name}; names must be unique")
             else:
-                pairs.append(Frame(name, image[0], label[0] if labelled else None, None))
+                frames.append(Frame(name, image[0], label[0] if labelled else None, None))
 
-    def sizes(frame):
-        size = _read(frame.image, header_only=True)[0]
-        return size, _read(frame.label, is_label=True, header_only=True)[0] if labelled else size
-
-    for frame, (size, label_size) in _map_frames(sizes, pairs, report, threads=16):  # they mostly wait
-        if size == label_size:
-            frames.append(frame._replace(size=size))
-        elif layout == "images":  # GTA5
-            frames.left_out[frame.name] = "left out, because image and label differ in size"
-        else:
-            report(f"{frame.label}: differs from its image in size")
-    return frames
+    return frames, problems
 
 
-def _map_frames(function, frames, report, threads=None):
-    """Yield (frame, function(frame)) of each frame, in order. Where it raises ValueError, calls report with the message."""
-
-    def attempt(frame):
-        try:
-            return function(frame), None
-        except ValueError as error:
-            return None, str(error)  # not the exception: its traceback would keep pixels in memory
-
-    with ThreadPoolExecutor(threads) as pool:
-        for frame, (result, problem) in zip(frames, pool.map(attempt, frames)):
-            if problem:
-                report(problem)
-            else:
-                yield frame, result
+def _sizes(frame):
+    """(width, height) of a frame's image and of its label, or of the image twice, from their headers. Raises ValueError."""
+    size = _read(frame.image, header_only=True)[0]
+    return size, _read(frame.label, is_label=True, header_only=True)[0] if frame.label else size
 
 
 def _by_name(root, pattern, suffixes):
@@ -424,9 +408,16 @@ def colourise(train_ids, classes=CITYSCAPES):
 
 
 def _inspect(frame, classes):
-    """Decode a frame's files -> (whether the image has a single colour, (256,) number of label pixels by train id)."""
-    is_plain = not np.ptp(load_image(frame.image).numpy(), axis=(1, 2)).any()
-    return is_plain, np.bincount(load_label(frame.label, classes).ravel(), minlength=256) if frame.label else 0
+    """Decode a frame's files -> (problem or None, whether the image has a single colour, (256,) pixels by train id)."""
+    try:
+        image = load_image(frame.image)
+        label = load_label(frame.label, classes) if frame.label else image[0]
+    except ValueError as error:
+        return str(error), False, 0  # not the exception: its traceback would keep pixels in memory
+    if label.shape != image.shape[1:]:  # list_frames leaves it out, or refuses it
+        return None, False, 0
+    is_plain = not np.ptp(image.numpy(), axis=(1, 2)).any()
+    return None, is_plain, np.bincount(label.ravel(), minlength=256) if frame.label else 0
 
 
 def main():
@@ -441,18 +432,19 @@ def main():
     add("--check-data", action="store_true", help="decode all files; list problems, class shares, frames of one colour")
     args = parser.parse_args()
     problems, plain, counts = [], [], np.zeros(256, np.int64)
-
-    def report(problem):
-        problems.append(problem)
-        print(printable(problem), flush=True)
-
     try:
         data_set = Path(args.folder), args.split, not args.unlabelled, read_names(args.exclude)
         if args.check_data:
-            found = _find(*data_set, report)
-            for frame, (is_plain, pixels) in _map_frames(partial(_inspect, classes=found.classes), found, report):
-                plain += [printable(frame.name)] if is_plain else []
-                counts += pixels
+            frames, problems = _match_files(*data_set)
+            print("".join(f"{printable(problem)}\n" for problem in problems), end="", flush=True)
+            with ThreadPoolExecutor() as pool:
+                inspected = pool.map(partial(_inspect, classes=frames.classes), frames)
+                for frame, (problem, is_plain, pixels) in zip(frames, inspected):
+                    if problem:
+                        problems.append(problem)
+                        print(printable(problem), flush=True)
+                    plain += [printable(frame.name)] if is_plain else []
+                    counts += pixels
         if problems:
             raise ValueError(f"{args.folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
         frames = list_frames(*data_set)
