@@ -95,9 +95,6 @@ class Frames(torch.utils.data.Dataset):
     def __init__(self, frames, width, classes=data.CITYSCAPES):
         self.frames, self.width, self.classes = frames, width, classes
 
-    def __len__(self):
-        return len(self.frames)
-
     def frame(self, i):
         return self.frames[i]
 
