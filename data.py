@@ -221,7 +221,6 @@ def _match_files(root, split, labelled, exclude):
                 problems.append(f"{others[0]}: a second file of frame {name}; names must be unique")
             else:
                 frames.append(Frame(name, image[0], label[0] if labelled else None, None))
-
     return frames, problems
 
 
