@@ -235,12 +235,25 @@ def _by_name(root, pattern, suffixes):
     folder, ending = root / pattern.partition("*")[0], pattern.rpartition("*")[2]
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    paths, found = map(Path, glob.glob(f"{pattern}.*", root_dir=root, recursive=True)), {}
+    paths = _files_below(root) if "**" in pattern else map(Path, glob.glob(f"{pattern}.*", root_dir=root))
+    found = {}
     for path in sorted(paths, key=lambda path: (len(path.parts), path)):
         if path.suffix.lower() in suffixes:
             name = path.with_suffix("").as_posix() if "**" in pattern else path.stem.removesuffix(ending)
             found.setdefault(name, []).append(root / path)
     return found
+
+
+def _files_below(root):
+    """Yield the paths of all files in a folder and below, relative to it. A linked folder is followed once, so loops end."""
+    visited = set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(parent) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name).relative_to(root) for name in names if not name.startswith("."))
 
 
 def read_names(path):

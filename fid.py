@@ -316,6 +316,8 @@ def parse_arguments():
     parser.add_argument("--workers", type=int, default=workers, help="reading processes (default: one per core, up to 16)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     args = parser.parse_args()
+    if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("WORLD_SIZE", "1") != "1":
+        fail("runs in one process: start it without torchrun")
     if len(args.inputs) != 2 and not args.check and (len(args.inputs) != 1 or args.out or not args.save):
         fail("A and B are required: two folders of images or .npz statistics (A alone with --save FILE.npz, without --out)")
     if min(args.batch_size, args.width or 1) < 1 or not 0 <= args.workers <= 512:

@@ -71,7 +71,9 @@ def write_left_out(folder, left_out):
 
 
 def digest(path):
-    """The sha256 of a file's content, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal. Raises ValueError if it is no regular file: a FIFO would block."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

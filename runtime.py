@@ -1,6 +1,7 @@
 """Shared by the stage scripts and independent of the method: command lines, errors, device, precision, processes."""
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import errno
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import files
 
 VERSION = "0.2.0"
+log = logging.getLogger("runtime")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # trainers finish the step and save; workers ignore them
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,6 +48,7 @@ def run_script(main):
         logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _after_destructor
     status, is_collective = 0, True
     try:
         main()
@@ -119,6 +122,12 @@ def _survive_closed_streams():
 
 def _interrupt(number, frame):
     raise KeyboardInterrupt(128 + number)
+
+
+def _after_destructor(problem):  # if a signal came in one, Python would print the exception and go on
+    if isinstance(problem.exc_value, KeyboardInterrupt):
+        os._exit(problem.exc_value.args[0] if problem.exc_value.args else 130)
+    sys.__unraisablehook__(problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +211,7 @@ def add_compute_arguments(parser, precision="auto"):
 
 
 def pick_device(name, tf32=False, deterministic=False):
-    """--device -> torch.device, after a trial computation. "auto" is CUDA if torch has it, else the CPU.
+    """--device -> torch.device, after a trial computation. "auto" is CUDA, or the CPU where CUDA cannot be used.
 
     tf32: let convolutions on CUDA round their inputs to TF32's 10-bit mantissa; matrix products stay in float32, because
     PatchNCE needs it. deterministic: use CUDA's deterministic algorithms, and do not choose cuDNN's by timing them.
@@ -214,8 +223,8 @@ def pick_device(name, tf32=False, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
-    index = torchrun("LOCAL_RANK", None)
-    if name == "auto":
+    index, is_auto = torchrun("LOCAL_RANK", None), name == "auto"
+    if is_auto:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and index is not None:  # under torchrun, one GPU per process
         name = f"cuda:{index}"
@@ -225,9 +234,13 @@ def pick_device(name, tf32=False, deterministic=False):
     try:
         torch.ones(1, device=device).add(1).item()  # a GPU may be listed and yet be busy, or too old for this torch
     except (RuntimeError, AssertionError) as error:
-        seen = f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
-        remedy = "use CUDA_VISIBLE_DEVICES= for the CPU; other builds: https://pytorch.org/get-started/previous-versions"
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]} ({seen}; {remedy})") from error
+        reason, builds = str(error).splitlines()[0], "other builds: https://pytorch.org/get-started/previous-versions"
+        reason += f" (torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; {builds})"
+        # A busy GPU is no reason to train on the CPU; a mix of GPUs and CPUs would wait forever.
+        if not is_auto or index is not None or "out of memory" in reason or "busy" in reason:
+            raise ValueError(f"--device {name}: {reason}") from error
+        log.warning("--device auto: using the CPU, because the GPU cannot be used: %s", reason)
+        device = torch.device("cpu")
     if device.index is not None:
         torch.cuda.set_device(device)  # default device for NCCL and for a bare `cuda`
     return device
@@ -322,4 +335,5 @@ def serve_parent(*_):
     """Worker init: ignore stop signals, which reach the whole process group; die with the parent."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

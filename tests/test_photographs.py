@@ -145,9 +145,11 @@ def test_predictions_of_other_photographs_are_not_taken_for_these(photos, run, t
     assert result.returncode == 2 and "of another model, settings or folder of images" in result.stderr
 
 
-def test_linked_folders_are_followed(photos, tmp_path):
+def test_linked_folders_are_followed_once(photos, tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "deep").symlink_to(photos / "deep")
+    for name in ("loop", "loop2"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "linked")
     names = [frame.name for frame in data.list_frames(tmp_path / "linked", labelled=False)]
     assert sorted(names) == ["deep/a", "deep/er/é"]
 
