@@ -32,10 +32,22 @@ def stacked(samples):
     return torch.stack(samples)
 
 
+class _Lines:
+    """A file for tqdm where stderr is no terminal: a line per update, without carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        pass
+
+
 def progress(total, name, initial=0):
     """A progress bar of the first process; a line every half minute where stderr is no terminal."""
-    lines = {} if sys.stderr.isatty() else dict(mininterval=30, maxinterval=30, bar_format="{l_bar}{bar}{r_bar}\n")
-    return tqdm(total=total, initial=initial, desc=str(name), disable=not runtime.is_first(), **lines)
+    file, seconds = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), 30)
+    limits = dict(mininterval=seconds, maxinterval=max(10, seconds))
+    return tqdm(total=total, initial=initial, desc=str(name), disable=not runtime.is_first(), file=file, **limits)
 
 
 def batches(dataset, indices, workers, device="cpu", collate=stacked):
@@ -63,15 +75,9 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
         if awaited and not all(worker.is_alive() for worker in workers):
             raise ChildProcessError(KILLED)
 
-    def name_frames(*_):
-        parts = getattr(dataset, "datasets", [dataset])  # of a StackDataset
-        names = [str(part.frame(i).image) for i in awaited for part in parts]
-        more = f" or one of {len(names) - 3} more" if names[3:] else ""
-        log.error("nothing was read for %.0f s: waiting for %s%s", time.monotonic() - since, ", ".join(names[:3]), more)
-
     if workers:
         signal.signal(signal.SIGCHLD, check_workers)
-    signal.signal(signal.SIGALRM, name_frames)
+    signal.signal(signal.SIGALRM, lambda *_: _log_wait(dataset, awaited, time.monotonic() - since))
     for batch in upcoming:
         awaited, since = batch, time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
@@ -86,6 +92,13 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
         if isinstance(read, Exception):
             raise read
         yield read.tensors(device)
+
+
+def _log_wait(dataset, batch, seconds):
+    datasets = getattr(dataset, "datasets", [dataset])  # of a StackDataset
+    names = [str(part.frame(i).image) for i in batch for part in datasets]
+    more = f" or one of {len(names) - 3} more" if names[3:] else ""
+    log.error("nothing was read for %.0f s: waiting for %s%s", seconds, ", ".join(names[:3]), more)
 
 
 class _Batches(Dataset):
