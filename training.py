@@ -140,8 +140,9 @@ class Run:
             files.clear_parts(self.out)
         if self.args.cache:  # each machine may have its own
             self.args.cache.mkdir(parents=True, exist_ok=True)
-            files.clear_parts(self.args.cache)
-            if not os.access(self.args.cache, os.W_OK):
+            if os.access(self.args.cache, os.W_OK):
+                files.clear_parts(self.args.cache)
+            else:
                 log.warning("--cache %s: not writable, so nothing is kept there", self.args.cache)
         runtime.barrier()
         if self.checkpoint.is_file():
