@@ -312,7 +312,7 @@ def parse_arguments():
     parser.add_argument("--check", action="store_true", help="check weights, inputs and outputs, then stop")
     parser.add_argument("--width", type=int, help="resize the images of A to this width first, as stage 2 resizes frames")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
-    workers = min(16, len(os.sched_getaffinity(0)))
+    workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--workers", type=int, default=workers, help="reading processes (default: one per core, up to 16)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import resource
 import time
 import warnings
 from pathlib import Path
@@ -186,8 +187,10 @@ def peak_memory_mib(device):
     """Peak memory so far in MiB: of tensors on a GPU, of the whole process (resident set) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Not getrusage's ru_maxrss, which starts with the parent's peak.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    status = Path("/proc/self/status")  # getrusage's ru_maxrss starts with the parent's peak
+    if not status.is_file():  # macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
 
 
 def not_finite(state, name=""):

@@ -194,7 +194,8 @@ def add_device_arguments(parser):
 
 def default_workers():
     """One process per core that this process may use, at most 16; under torchrun, divided among this machine's processes."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // torchrun("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
+    return max(1, min(16, cores // torchrun("LOCAL_WORLD_SIZE", 1)))
 
 
 def add_compute_arguments(parser, precision="auto"):
