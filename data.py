@@ -14,6 +14,7 @@ label ids (0 to 33), or those of DIR/classes.csv (`read_classes`). Training and 
 import argparse
 import contextlib
 import csv
+import glob
 import hashlib
 import logging
 import os
@@ -35,10 +36,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 VOID = 255
 CLASSES = [c for c in Cityscapes.classes if 0 <= c.train_id < VOID]  # the 19 evaluated classes, ordered by train id
-LAYOUTS = {  # folder and ending of images, and of labels
-    "GTA5": (("images", ""), ("labels", "")),
-    "Cityscapes": (("leftImg8bit", "_leftImg8bit"), ("gtFine", "_gtFine_labelIds")),
-    "plain": (("", ""), None),
+LAYOUTS = {  # the folder that tells a layout: where its images and labels are; the last * is the name of a frame
+    "images": ("images/*", "labels/*"),
+    "leftImg8bit": ("leftImg8bit/{split}/*/*_leftImg8bit", "gtFine/{split}/*/*_gtFine_labelIds"),
+    "": ("**/*", ""),  # any folder of images
 }
 log = logging.getLogger("data")
 # The paths of an image and of its label map or None, a name unique within the data set, and (width, height) in pixels.
@@ -82,22 +83,15 @@ def read_classes(root):
         with open(path, newline="", encoding="utf-8-sig") as file:
             numbers = ("train_id", "red", "green", "blue")
             rows = [(int(row["id"]), row["name"].strip(), *(int(row[n]) for n in numbers)) for row in csv.DictReader(file)]
-        rows[0]  # an empty table
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{printable(path)}: columns id, name, train_id, red, green, blue are needed, with integers"
-        ) from error
-    ids, trained = [row[0] for row in rows], {row[2] for row in rows} - {VOID}
-    if not all(0 <= number <= 255 for row in rows for number in (row[0], *row[2:])) or VOID in ids:
-        raise ValueError(f"{printable(path)}: ids from 0 to 254, train ids and colours from 0 to 255 are needed")
-    if repeated := [label_id for label_id, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"{printable(path)}: id {repeated[0]} stands there more than once")
-    names = Classes(rows).names
-    if trained != {*range(len(trained))} or len({*names}) < len(names) or not trained:
-        raise ValueError(f"{printable(path)}: train ids must be 0, 1, 2, ... (255: not evaluated), with different names")
-    if reserved := {*names} & {"", "model", "mIoU", "fwIoU", "pixel_accuracy"}:
-        raise ValueError(f"{printable(path)}: a class cannot have the name {min(reserved)!r}")
-    return Classes(rows)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: columns id, name, train_id, red, green, blue are needed, with integers") from error
+    ids, train_ids = {row[0] for row in rows}, {row[2] for row in rows} - {VOID}
+    if not all(0 <= number <= 255 for row in rows for number in (row[0], *row[2:])) or VOID in ids or len(ids) < len(rows):
+        raise ValueError(f"{path}: different ids from 0 to 254, train ids and colours from 0 to 255 are needed")
+    classes = Classes(rows)
+    if not train_ids or train_ids != {*range(len(train_ids))} or len({*classes.names}) < len(classes.names):
+        raise ValueError(f"{path}: train ids must be 0, 1, 2, ... (255: not evaluated), with different names")
+    return classes
 
 
 class FrameList(list):
@@ -128,7 +122,7 @@ def _hash(lines):
 
 
 def printable(text):
-    """Return a path or an error as one line: control characters and undecodable bytes are escaped."""
+    """Text for one line: control characters and undecodable bytes are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
@@ -145,17 +139,23 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     exclude: names of frames to leave out (read_names). Pairs in GTA5's layout whose image and label differ in size are left
     out too (about sixty in GTA5, 20801 to 20860). Logs how many are left out. Raises ValueError for any other problem.
     """
-    frames = FrameList(read_classes(root) if labelled else CITYSCAPES)
-    problems = [*_problems(frames, Path(root), split, labelled, exclude)]
-    if not frames and not problems:
-        problems = [f"{printable(root)}: no image (.png, .jpg) to use; {len(frames.left_out)} left out"]
+    frames, problems = _match_files(Path(root), split, labelled, exclude)
     if problems:
         raise ValueError(problems[0] + f" (and {len(problems) - 1} more: see data.py DIR --check-data)" * (len(problems) > 1))
-    if unmatched := sorted({*map(_bare_name, exclude)} - {*map(_bare_name, frames.left_out)}):
-        log.warning("%s: %d excluded names match no frame: %s", printable(root), len(unmatched), first_few(unmatched))
+    with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits
+        sizes = [*pool.map(_sizes, frames)]
+    differing = [frame for frame, (size, label_size) in zip(frames, sizes) if size != label_size]
+    if differing and not (Path(root) / "images").is_dir():
+        raise ValueError(f"{differing[0].label}: differs from its image in size ({len(differing)} of {len(frames)} labels)")
+    frames.left_out |= {frame.name: "left out, because image and label differ in size" for frame in differing}
+    frames[:] = [frame._replace(size=size) for frame, (size, label_size) in zip(frames, sizes) if size == label_size]
+    if not frames:
+        raise ValueError(f"{root}: no image (.png, .jpg) to use; {len(frames.left_out)} left out")
+    if unmatched := sorted({*exclude} - {*map(_bare_name, frames.left_out)}):
+        log.warning("%s: %d excluded names match no frame: %s", root, len(unmatched), first_few(unmatched))
     for reason in dict.fromkeys(frames.left_out.values()):
         names = [name for name, why in frames.left_out.items() if why == reason]
-        log.warning("%s: %d %s: %s", printable(root), len(names), reason, first_few(names))
+        log.warning("%s: %d %s: %s", root, len(names), reason, first_few(names))
     return frames
 
 
@@ -165,15 +165,12 @@ def list_images(paths, split="val", exclude=()):
     for path in map(Path, paths):
         if path.is_dir():
             listed = list_frames(path, split, labelled=False, exclude=exclude)
+            frames += listed
             frames.left_out |= listed.left_out
-        elif _bare_name(path.name) in {*map(_bare_name, exclude)}:
-            listed, frames.left_out[path.stem] = [], "excluded"
+        elif _bare_name(path.name) in exclude:
+            frames.left_out[path.stem] = "excluded"
         else:
-            frame, _, problems = _examine(Frame(path.stem, path, None, None), CITYSCAPES, decode=False)
-            if problems:
-                raise ValueError(problems[0])
-            listed = [frame]
-        frames += listed
+            frames.append(Frame(path.stem, path, None, _read(path, header_only=True)[0]))
     if repeated := [name for name, count in Counter(frame.name for frame in frames).items() if count > 1]:
         raise ValueError(f"images must have different names: {first_few(repeated)}")
     return frames
@@ -186,84 +183,77 @@ def check_frames(frames, width=None, crop=None):
         w = width or frame.size[0]
         h = max(1, round(frame.size[1] * w / frame.size[0]))  # as in resize_to_width
         if h < least_h or w < least_w:
-            too_small.append(f"{printable(frame.image)}: {w}x{h}{f' at --width {width}' if width else ''}, smaller than")
+            too_small.append(f"{frame.image}: {w}x{h}{f' at --width {width}' if width else ''}")
     if too_small:
         least = f"the crop of {least_h}x{least_w} (HxW): lower --crop-size" if crop else "the minimum of 16x16"
-        raise ValueError(f"{too_small[0]} {least}" + f" ({len(too_small)} of {len(frames)} frames)" * (len(frames) > 1))
-    labels, ids, classes = [frame.label for frame in frames if frame.label], set(), getattr(frames, "classes", CITYSCAPES)
+        raise ValueError(f"{too_small[0]}, smaller than {least} ({len(too_small)} of {len(frames)} frames)")
+    ids, labels = set(), [frame.label for frame in frames if frame.label]
     for label in labels:  # usually the first one settles it
-        ids.update(load_label_ids(label, classes).unique().tolist())
-        is_void = all(classes.train_ids[i] == VOID for i in ids)
-        if not is_void and (ids & {*range(19, 34)} or classes is not CITYSCAPES):
+        ids.update(load_label_ids(label, frames.classes).unique().tolist())
+        is_void = all(frames.classes.train_ids[i] == VOID for i in ids)
+        if not is_void and (ids & {*range(19, 34)} or frames.classes is not CITYSCAPES):
             return
     if labels and is_void:  # such as Cityscapes' test split
-        raise ValueError(f"{printable(labels[0])}: all void, as are all {len(labels)} labels; label ids are needed")
+        raise ValueError(f"{labels[0]}: all void, as are all {len(labels)} labels; label ids are needed")
     if labels:
-        log.warning("%s: no label has an id above 18. Train ids? Label ids are needed (car is 26)", printable(labels[0]))
+        log.warning("%s: no label has an id above 18. Train ids? Label ids are needed (car is 26)", labels[0])
 
 
-def _problems(frames, root, split, labelled, exclude, decode=False):
-    """Yield one line per problem and add the usable frames to `frames`. Reads headers, and all pixels if `decode`."""
-    found = [name for name, ((folder, _), _) in LAYOUTS.items() if (root / folder).is_dir()]  # a plain folder always is one
-    if not found or (labelled and found == ["plain"]):
-        missing = "images/ (GTA5) or leftImg8bit/ (Cityscapes) in it" if found else "such folder"
-        raise ValueError(f"{printable(root)}: no {missing}")
-    layout, excluded, pairs = found[0], {*map(_bare_name, exclude)}, []
-    for part in dict.fromkeys(split.split(",")) if layout == "Cityscapes" else [""]:
-        of_images, of_labels = LAYOUTS[layout]
-        images = _by_name(root, *of_images, part, layout, (".png", ".jpg", ".jpeg"))
-        labels = _by_name(root, *of_labels, part, layout, (".png",)) if labelled else {}
+def _match_files(root, split, labelled, exclude):
+    """Find the files of frames by their names -> (FrameList without sizes, list of problems, one line each)."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    layout = next(folder for folder in LAYOUTS if (root / folder).is_dir())
+    if labelled and not layout:
+        raise ValueError(f"{root}: no images/ (GTA5) or leftImg8bit/ (Cityscapes) in it")
+    frames, problems = FrameList(read_classes(root) if labelled else CITYSCAPES), []
+    parts = dict.fromkeys(tuple(place.format(split=part) for place in LAYOUTS[layout]) for part in split.split(","))
+    for of_images, of_labels in parts:
+        images = _by_name(root, of_images, (".png", ".jpg", ".jpeg"))
+        labels = _by_name(root, of_labels, (".png",)) if labelled else {}
         for name in dict.fromkeys([*images, *labels]):
             image, label = images.get(name, []), labels.get(name, [])
-            if _bare_name(name) in excluded:
+            if _bare_name(name) in exclude:
                 frames.left_out[name] = "excluded"
             elif not image or (labelled and not label):
-                yield f"{printable((image or label)[0])}: has no {'label (PNG)' if image else 'image'}"
+                problems.append(f"{(image or label)[0]}: has no {'label (PNG)' if image else 'image'}")
             elif others := image[1:] + label[1:]:  # outputs named after frames would overwrite each other
-                yield f"{printable(others[0])}: a second file of frame {printable(name)}; names must be unique"
+                problems.append(f"{others[0]}: a second file of frame {name}; names must be unique")
             else:
-                pairs.append(Frame(name, image[0], label[0] if labelled else None, None))
-    with ThreadPoolExecutor(os.cpu_count() if decode else 16) as pool:  # decoding needs a core; reading headers mostly waits
-        for frame, differs, problems in pool.map(lambda frame: _examine(frame, frames.classes, decode), pairs):
-            if differs and layout == "GTA5":
-                frames.left_out[frame.name] = "left out, because image and label differ in size"
-            elif differs or problems:
-                yield from problems + differs * [f"{printable(frame.label)}: differs from its image in size"]
-            else:
-                frames.append(frame)
+                frames.append(Frame(name, image[0], label[0] if labelled else None, None))
+    return frames, problems
 
 
-def _by_name(root, folder, ending, part, layout, suffixes):
-    """Return {name: [paths]} of the files NAME + ending + suffix in the folders of a layout; plain: in all below, by path."""
-    folder = root / folder / part
+def _sizes(frame):
+    """(width, height) of a frame's image and of its label, or of the image twice, from their headers. Raises ValueError."""
+    size = _read(frame.image, header_only=True)[0]
+    return size, _read(frame.label, is_label=True, header_only=True)[0] if frame.label else size
+
+
+def _by_name(root, pattern, suffixes):
+    """Return {name: [paths]} of the files that a pattern of LAYOUTS matches; with **, the name is the path without suffix."""
+    folder, ending = root / pattern.partition("*")[0], pattern.rpartition("*")[2]
     if not folder.is_dir():
-        raise ValueError(f"{printable(folder)}: no such {'split' if part else 'folder'}")
-    folders, visited, found = [folder], set(), {}
-    for parent in folders:  # which grows below; links are followed, but each real folder is visited once, so loops end
-        if os.path.realpath(parent) in visited:
-            continue
-        visited.add(os.path.realpath(parent))
-        for path in sorted(path for path in parent.iterdir() if not path.name.startswith(".")):
-            name = path.relative_to(folder).with_suffix("").as_posix() if layout == "plain" else path.stem
-            if path.is_dir() and (layout == "plain" or (layout == "Cityscapes" and parent == folder)):
-                folders.append(path)
-            elif name.endswith(ending) and path.suffix.lower() in suffixes:
-                found.setdefault(name.removesuffix(ending), []).append(path)
+        raise ValueError(f"{folder}: no such folder")
+    paths = _files_below(root) if "**" in pattern else map(Path, glob.glob(f"{pattern}.*", root_dir=root))
+    found = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        if path.suffix.lower() in suffixes:
+            name = path.with_suffix("").as_posix() if "**" in pattern else path.stem.removesuffix(ending)
+            found.setdefault(name, []).append(root / path)
     return found
 
 
-def _examine(frame, classes, decode):
-    """Check a frame's files -> (frame with its size, whether its label has another size, list of problems)."""
-    problems, sizes = [], {}
-    load_ids = partial(load_label_ids, classes=classes)
-    for path, load in ((frame.image, load_image), (frame.label, load_ids))[: 2 if frame.label else 1]:
-        try:
-            sizes[load] = tuple(load(path).shape[:-3:-1]) if decode else _read(path, load is load_ids, True)[0]
-            if load is load_image:  # at least 16x16
-                check_frames([Frame(frame.name, path, None, sizes[load])])
-        except ValueError as error:
-            problems.append(str(error))  # not the exception: its traceback would keep pixels in memory
-    return frame._replace(size=sizes.get(load_image)), len({*sizes.values()}) == 2, problems
+def _files_below(root):
+    """Yield the paths of all files in a folder and below, relative to it. A linked folder is followed once, so loops end."""
+    visited = set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(parent) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name).relative_to(root) for name in names if not name.startswith("."))
 
 
 def read_names(path):
@@ -273,7 +263,7 @@ def read_names(path):
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # as Python decodes paths
         names = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file} - {""}
     if not names:
-        raise ValueError(f"{printable(path)}: no name in it; one frame name per line is needed")
+        raise ValueError(f"{path}: no name in it; one frame name per line is needed")
     return frozenset(map(_bare_name, names))
 
 
@@ -300,12 +290,12 @@ def _read(path, is_label=False, header_only=False):
             if not header_only:
                 image = ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
                 pixels = np.array(image if is_label or image.mode == "RGB" else image.convert("RGB"))
-                palette = image.getpalette() if image.mode == "P" else None
+                palette = image.getpalette()
     except MemoryError:  # not a fault of the file
         raise
     except Exception as error:  # Pillow raises anything for damaged files, struct.error and IndexError included
-        reason = f"damaged image or unsupported format ({printable(error) if any(error.args) else type(error).__name__})"
-        raise ValueError(f"{printable(path)}: {getattr(error, 'strerror', None) or reason}") from error
+        reason = f"damaged image or unsupported format ({error if any(error.args) else type(error).__name__})"
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or reason}") from error
     return size, pixels, palette
 
 
@@ -319,22 +309,18 @@ def load_label_ids(path, classes=CITYSCAPES):
     _, ids, palette = _read(path, is_label=True)
     used = np.flatnonzero(np.bincount(ids.ravel()))
     # 34 occurs in GTA5 as published; 255 is accepted as void because some tools write void that way (ours).
-    known, table = {row[0] for row in classes.rows} | {255}, "classes.csv"
-    if classes is CITYSCAPES:
-        known, table = known | {34}, "Cityscapes' table (0 to 33)"
+    known = {row[0] for row in classes.rows} | ({34, VOID} if classes is CITYSCAPES else {VOID})
     if unknown := {*used.tolist()} - known:
-        raise ValueError(f"{printable(path)}: label ids {sorted(unknown)} are not in {table}")
-    # Pillow's quantize(), for one, gives Cityscapes' colours other indices: then indices are not label ids.
-    colours = np.array(palette or []).reshape(-1, 3)
-    used = used[used < len(colours)]
-    used = used[colours[used].any(1)]  # black proves nothing: it is also the colour of void and of unused entries
-    matches = (colours[used, None] == classes.colours).all(2)  # (used indices, label ids)
-    wrong = np.flatnonzero(matches.any(1) & ~matches[np.arange(len(used)), used])
-    if len(wrong) and 2 * matches.any(1).sum() > len(used):
-        found = f"index {used[wrong[0]]} has the colour of label id {matches[wrong[0]].argmax()}"
-        raise ValueError(
-            f"{printable(path)}: colours of {table.partition(' table')[0]}, but {found}; indices must be label ids"
-        )
+        table = "Cityscapes' table (0 to 33)" if classes is CITYSCAPES else "classes.csv"
+        raise ValueError(f"{path}: label ids {sorted(unknown)} are not in {table}")
+    # Pillow's quantize(), for one, gives the classes' colours other indices: then indices are not label ids.
+    shown = {i: tuple(palette[3 * i : 3 * i + 3]) for i in used.tolist()} if palette else {}
+    shown = {i: colour for i, colour in shown.items() if any(colour)}  # black proves nothing: unused entries are black too
+    owners = {tuple(colour): label_id for label_id, _, _, *colour in classes.rows}
+    wrong = [i for i, colour in shown.items() if colour in owners and colour != tuple(classes.colours[i])]
+    if wrong and 2 * sum(colour in owners for colour in shown.values()) > len(shown):
+        found = f"index {wrong[0]} has the colour of label id {owners[shown[wrong[0]]]}"
+        raise ValueError(f"{path}: {found}; indices of a palette image must be label ids")
     return tv_tensors.Mask(torch.from_numpy(ids.astype(np.uint8)))
 
 
@@ -372,13 +358,12 @@ def load_at_width(path, width, load=load_image, cache=None):
     frame = resize_to_width(original := load(path), width)
     if frame is not original:
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-        try:
-            pixels = frame.numpy() if frame.ndim == 2 else frame.permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
-            os.replace(temporary, copy)
-        except OSError:  # a full disk, for example: the cache is optional
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):  # a full disk, for example: the cache is optional
+            try:
+                v2.functional.to_pil_image(frame).save(temporary, format="PNG", compress_level=1)
+                os.replace(temporary, copy)
+            finally:
+                temporary.unlink(missing_ok=True)
     return frame
 
 
@@ -418,25 +403,6 @@ def _mix(*numbers):  # one seed, so that consecutive k give unrelated samples
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class Frames(torch.utils.data.Dataset):
-    """Whole frames in order: (3, h, w) uint8 at `width`, and if labelled (H, W) uint8 train ids at the label's own size."""
-
-    def __init__(self, frames, width, classes=CITYSCAPES):
-        self.frames, self.width, self.classes = frames, width, classes
-
-    def __len__(self):
-        return len(self.frames)
-
-    def frame(self, i):
-        return self.frames[i]
-
-    def __getitem__(self, i):
-        frame = self.frames[i]
-        labels = [load_label(frame.label, self.classes)] if frame.label else []
-        sample = [resize_to_width(load_image(frame.image), self.width), *labels]
-        return [part.as_subclass(torch.Tensor) for part in sample]
-
-
 def to_signed(images):
     """Convert uint8 images to float32 in [-1, 1], the range of the generator."""
     return images.float() / 127.5 - 1
@@ -453,40 +419,55 @@ def colourise(train_ids, classes=CITYSCAPES):
     return torch.from_numpy(palette)[train_ids.long()].movedim(-1, -3)
 
 
+def _inspect(frame, classes):
+    """Decode a frame's files -> (problem or None, whether the image has a single colour, (256,) pixels by train id)."""
+    try:
+        image = load_image(frame.image)
+        label = load_label(frame.label, classes) if frame.label else image[0]
+    except ValueError as error:
+        return str(error), False, 0  # not the exception: its traceback would keep pixels in memory
+    if label.shape != image.shape[1:]:  # list_frames leaves it out, or refuses it
+        return None, False, 0
+    is_plain = not np.ptp(image.numpy(), axis=(1, 2)).any()
+    return None, is_plain, np.bincount(label.ravel(), minlength=256) if frame.label else 0
+
+
 def main():
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if the output is piped to `head`
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", help="data set in the layout of GTA5 or Cityscapes")
-    parser.add_argument("--split", default="train", help="Cityscapes split, or several joined by commas (default: train)")
-    parser.add_argument("--unlabelled", action="store_true", help="use the images only")
-    parser.add_argument("--exclude", metavar="FILE", help="text file with the names of frames to leave out, one per line")
-    parser.add_argument(
-        "--check-data", action="store_true", help="decode all files; list problems, class shares, frames of one colour"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="data set in the layout of GTA5 or Cityscapes")
+    add("--split", default="train", help="Cityscapes split, or several joined by commas (default: train)")
+    add("--unlabelled", action="store_true", help="use the images only")
+    add("--exclude", metavar="FILE", help="text file with the names of frames to leave out, one per line")
+    add("--check-data", action="store_true", help="decode all files; list problems, class shares, frames of one colour")
     args = parser.parse_args()
-    folder, count = printable(args.folder), 0
+    problems, plain, counts = [], [], np.zeros(256, np.int64)
     try:
         data_set = Path(args.folder), args.split, not args.unlabelled, read_names(args.exclude)
-        found = FrameList(CITYSCAPES if args.unlabelled else read_classes(args.folder))
-        for problem in _problems(found, *data_set, decode=True) if args.check_data else ():
-            print(problem, flush=True)
-            count += 1
-        if count:
-            raise ValueError(f"{folder}: {count} problem{'s' if count > 1 else ''}")
+        if args.check_data:
+            frames, problems = _match_files(*data_set)
+            print("".join(f"{printable(problem)}\n" for problem in problems), end="", flush=True)
+            with ThreadPoolExecutor() as pool:
+                inspected = pool.map(partial(_inspect, classes=frames.classes), frames)
+                for frame, (problem, is_plain, pixels) in zip(frames, inspected):
+                    if problem:
+                        problems.append(problem)
+                        print(printable(problem), flush=True)
+                    plain += [printable(frame.name)] if is_plain else []
+                    counts += pixels
+        if problems:
+            raise ValueError(f"{args.folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
         frames = list_frames(*data_set)
         check_frames(frames)
         sizes = first_few([f"{w}x{h}" for w, h in sorted({frame.size for frame in frames})])
-        print(f"{folder}: {len(frames)} {'' if args.unlabelled else 'labelled '}frames of {sizes}", flush=True)
-        if args.check_data:
-            varied = ThreadPoolExecutor().map(lambda f: np.ptp(load_image(f.image).numpy(), axis=(1, 2)).any(), frames)
-            if plain := [printable(frame.name) for frame, is_varied in zip(frames, varied) if not is_varied]:
-                print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n")
-        if args.check_data and not args.unlabelled:
-            classes = frames.classes
-            count = lambda f: np.bincount(load_label(f.label, classes).ravel(), minlength=256)  # noqa: E731
-            counts = sum(ThreadPoolExecutor().map(count, frames))
-            for name, pixels in zip([*classes.names, "void"], [*counts[: len(classes.names)], counts[VOID]]):
+        print(f"{printable(args.folder)}: {len(frames)} {'' if args.unlabelled else 'labelled '}frames of {sizes}", flush=True)
+        if plain:
+            print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n")
+        if counts.any():
+            names = frames.classes.names
+            for name, pixels in zip([*names, "void"], [*counts[: len(names)], counts[VOID]]):
                 print(f"  {name:<14}{pixels / counts.sum():7.2%}")
     except (ValueError, OSError) as error:
         print(f"data.py: {printable(error)}", file=sys.stderr)

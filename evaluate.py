@@ -89,6 +89,22 @@ def evenly_spaced(items, count):
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
+class Frames(torch.utils.data.Dataset):
+    """Whole frames in order: (3, h, w) uint8 at `width`, and if labelled (H, W) uint8 train ids at the label's own size."""
+
+    def __init__(self, frames, width, classes=data.CITYSCAPES):
+        self.frames, self.width, self.classes = frames, width, classes
+
+    def frame(self, i):
+        return self.frames[i]
+
+    def __getitem__(self, i):
+        frame = self.frames[i]
+        labels = [data.load_label(frame.label, self.classes)] if frame.label else []
+        sample = [data.resize_to_width(data.load_image(frame.image), self.width), *labels]
+        return [part.as_subclass(torch.Tensor) for part in sample]
+
+
 @torch.inference_mode()
 def predict(segmenter, image, size, autocast):
     """(3, h, w) uint8 on the network's device -> (H, W) train ids; the logits are resized to `size` (H, W) before argmax."""
@@ -97,6 +113,19 @@ def predict(segmenter, image, size, autocast):
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
     return logits[0].argmax(0)
+
+
+def predictions(segmenter, frames, classes, args, device, precision):
+    """Yield (frame, (H, W) train ids on `device`, labels) for each frame, at its own size.
+
+    labels: [(H, W) train ids by `classes`], or [] where the frame has no label.
+    """
+    autocast, indices = runtime.autocast(device, precision), [[i] for i in range(len(frames))]  # of one, as sizes differ
+    dataset = Frames(frames, segmenter.width, classes)
+    with loading.progress(len(frames), args.segmenter) as bar:
+        for i, [(image, *labels)] in enumerate(loading.batches(dataset, indices, args.workers, device, collate=list)):
+            yield frames[i], predict(segmenter, image, frames[i].size[::-1], autocast), labels
+            bar.update()
 
 
 def open_predictions(out, weights, precision, images):
@@ -139,19 +168,13 @@ def evaluate(args, frames, device, precision):
     classes.check_same(segmenter.classes, "--data and --segmenter")
     data.check_frames(frames, segmenter.width)
     runtime.join_processes(device)
-    autocast = runtime.autocast(device, precision)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = frames[runtime.rank() :: runtime.processes()]
     total = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64)
-    indices = [[i] for i in range(len(frames))]  # batches of one, since frames differ in size
-    batches = loading.batches(data.Frames(frames, segmenter.width, classes), indices, args.workers, device, collate=list)
-    with loading.progress(len(frames), args.segmenter) as bar:
-        for frame, [(image, label)] in zip(frames, batches, strict=True):
-            prediction = predict(segmenter, image, label.shape, autocast)
-            total += confusion_matrix(prediction, label, len(classes.names)).cpu()
-            if args.save_predictions:
-                save_prediction(args.save_predictions, frame, prediction.cpu(), classes)
-            bar.update()
+    for frame, prediction, [label] in predictions(segmenter, frames, classes, args, device, precision):
+        total += confusion_matrix(prediction, label, len(classes.names)).cpu()
+        if args.save_predictions:
+            save_prediction(args.save_predictions, frame, prediction.cpu(), classes)
     return runtime.all_reduce_sum_(total)
 
 
@@ -185,11 +208,7 @@ def add_row(path, row):
 def read_evaluation(path):
     """RUN/evaluation.json -> (row of table 2, the settings it was made with). Raises ValueError if the file is not one."""
     settings = files.read_json(path, "row")
-    row = settings.pop("row")
-    numbers = [*row.values()][1:] if isinstance(row, dict) and tuple(row)[: len(COLUMNS)] == COLUMNS else [""]
-    if not all(cell is None or isinstance(cell, (int, float)) for cell in numbers):
-        raise ValueError(f"{path}: its row is not one of table 2; delete the file and evaluate that run again")
-    return row, settings
+    return settings.pop("row"), settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,15 +222,9 @@ def parse_args():
     add("--split", default="val", help="split of a Cityscapes layout (default val)")
     add("--name", metavar="MODEL", help="model name in the row (default: the name of RUN)")
     add("--out", type=runtime.path, metavar="FILE.csv", help="add the row to this table, instead of RUN/evaluation.json")
-    add(
-        "--skip-done", action="store_true", help="do nothing if RUN/evaluation.json is of the same weights, frames and settings"
-    )
-    add(
-        "--save-predictions",
-        type=runtime.path,
-        metavar="DIR",
-        help="also write predictions, as predict.py does",
-    )
+    done = "do nothing if RUN/evaluation.json is of the same weights, frames and settings"
+    add("--skip-done", action="store_true", help=done)
+    add("--save-predictions", type=runtime.path, metavar="DIR", help="also write predictions, as predict.py does")
     runtime.add_compute_arguments(parser, precision="fp32")  # so that scores agree between machines
     runtime.add_device_arguments(parser)
     args = parser.parse_args()

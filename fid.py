@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import os
 import re
@@ -135,7 +136,7 @@ def find_images(folder, exclude=frozenset()):
 
 
 def frame_name(name):
-    """File name without folders, suffix and Cityscapes' ending, so that lists can name images or labels (as in data.py)."""
+    """File name without folders, suffix and Cityscapes' ending: lists may name images or labels (as in data.py)."""
     stem, suffix = os.path.splitext(os.path.basename(name))
     return re.sub("(_leftImg8bit|_gtFine_labelIds)$", "", stem if suffix.lower() in EXTENSIONS else stem + suffix)
 
@@ -159,8 +160,6 @@ def read_batch(paths, width=None):
 def read_image(path, width=None):
     """Image file -> (3, 299, 299) float32 array in [0, 1], turned upright by its EXIF tag, resized to `width` first."""
     with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):  # Pillow only warns, up to twice as many
-            raise ValueError(f"more than PIL.Image.MAX_IMAGE_PIXELS, {Image.MAX_IMAGE_PIXELS}")
         if image.mode[0] in "IF":  # 16 or 32 bits per channel, which convert() would clip at 255
             raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
         image = ImageOps.exif_transpose(image).convert("RGB")
@@ -170,7 +169,7 @@ def read_image(path, width=None):
 
 
 def end_with_parent(*_):
-    """In a reading process: let the kernel kill it when its parent dies, even while it is writing to it."""
+    """Worker init: let the kernel kill this process when its parent dies, even while it is writing to it."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
@@ -243,19 +242,21 @@ def load_statistics(path):
 
 def save_statistics(path, mu, sigma):
     """Write mu (D,) and sigma (D, D) as an .npz file that pytorch-fid can read, too. Raises OSError naming the file."""
-    write_atomically(path, lambda file: np.savez(file, mu=mu, sigma=sigma))
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=mu, sigma=sigma)
+    write_whole(path, buffer.getbuffer())
 
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file, then rename it: `path` holds the old or the new content, never a part of it."""
+def write_whole(path, content):
+    """Write bytes to a temporary file, then rename it: `path` holds the old or the new content, never a part of it."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
-            write(file)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -311,7 +312,7 @@ def parse_arguments():
     parser.add_argument("--check", action="store_true", help="check weights, inputs and outputs, then stop")
     parser.add_argument("--width", type=int, help="resize the images of A to this width first, as stage 2 resizes frames")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch (default: 32)")
-    workers = min(16, len(os.sched_getaffinity(0)))
+    workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--workers", type=int, default=workers, help="reading processes (default: one per core, up to 16)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     args = parser.parse_args()
@@ -319,20 +320,13 @@ def parse_arguments():
         fail("runs in one process: start it without torchrun")
     if len(args.inputs) != 2 and not args.check and (len(args.inputs) != 1 or args.out or not args.save):
         fail("A and B are required: two folders of images or .npz statistics (A alone with --save FILE.npz, without --out)")
-    if not (args.out or ".json").endswith(".json") or not (args.save or ".npz").endswith(".npz"):
-        fail("--out must name a .json file, --save an .npz file")
     if min(args.batch_size, args.width or 1) < 1 or not 0 <= args.workers <= 512:
         fail("--batch-size and --width must be at least 1, --workers from 0 to 512")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.ones(1, device=device).add(1).item()  # a GPU may be listed and yet not work
+        torch.ones(1, device=args.device).add(1).item()  # a GPU may be listed and yet not work
     except (RuntimeError, AssertionError) as error:
-        reason = f"--device {device}: cannot be used: {str(error).splitlines()[0]}"
-        if args.device:
-            fail(reason)
-        print(f"fid.py: {reason}; using the CPU", file=sys.stderr)
-        device = "cpu"
-    args.device = device
+        fail(f"--device {args.device}: cannot be used: {str(error).splitlines()[0]}")
     return args
 
 
@@ -373,7 +367,7 @@ def run(args):
         with contextlib.suppress(OSError):  # a closed pipe must not lose the files below
             print(name, distance, flush=True)
     if args.out:
-        write_atomically(args.out, lambda file: file.write(json.dumps({name: float(distance)}).encode() + b"\n"))
+        write_whole(args.out, json.dumps({name: float(distance)}).encode() + b"\n")
     if args.save:
         save_statistics(args.save, *inputs[0])
 

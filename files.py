@@ -11,12 +11,10 @@ import errno
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,24 +43,17 @@ def write_whole(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, _reason(error, path.parent, len(content)), str(path)) from error
-        raise
-
-
-def _reason(error, folder, size):
-    """Why `size` bytes cannot be written to a folder."""
-    if error.errno == errno.EFBIG:
-        return f"{error.strerror}: {size:,} bytes are more than ulimit -f allows"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error.strerror
-    disk = os.statvfs(folder)
-    if disk.f_files and not disk.f_favail:
-        return f"{error.strerror}: the file system has no inodes left"
-    return f"{error.strerror}: {size:,} bytes are needed, {disk.f_bavail * disk.f_frsize:,} are free"
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.ENOSPC:
+            disk = os.statvfs(path.parent)
+            reason += f": {len(content):,} bytes are needed, {disk.f_bavail * disk.f_frsize:,} are free"
+            if disk.f_files and not disk.f_favail:
+                reason += ", but no inodes"
+        raise OSError(error.errno, reason, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # after the rename there is none
+            temporary.unlink()
 
 
 def check_writable(folder):
@@ -80,9 +71,9 @@ def write_left_out(folder, left_out):
 
 
 def digest(path):
-    """The sha256 of a file's content, in hexadecimal. Raises ValueError if it is not a regular file."""
+    """The sha256 of a file, in hexadecimal. Raises ValueError if it is no regular file: a FIFO would block."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: {'not a regular file' if Path(path).exists() else 'No such file'}")
+        raise ValueError(f"{path}: no such file")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -96,26 +87,23 @@ def lock(folder, wait=False):
     """Lock a folder against other processes until the returned file is closed or this process ends.
 
     The operating system holds the lock, so a dead process leaves none. Raises ValueError naming the process that holds it;
-    with `wait`, waits for that process instead, and says so every minute.
+    with `wait`, says so and waits for that process instead.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")
-    for second in itertools.count():
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                log.warning("%s: no locking on this file system (%s): let only one process write there", folder, error.strerror)
-                break
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise ValueError(f"{folder}: in use by {holder}") from error
-        if second % 60 == 0:
-            log.info("%s: waiting for %s", folder, holder)
-        time.sleep(1)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            log.warning("%s: no locking on this file system (%s): let only one process write there", folder, error.strerror)
+            return file
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if not wait:
+            raise ValueError(f"{folder}: in use by {holder}") from error
+        log.info("%s: waiting for %s", folder, holder)
+        fcntl.lockf(file, fcntl.LOCK_EX)
     with contextlib.suppress(OSError):  # the name is a courtesy; a full disk may have no room for it
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -186,7 +174,7 @@ def read_json(path, *keys):
     """The object in a JSON file, as a dict. Raises ValueError if the file holds none, or one without some of `keys`."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict) or not content.keys() >= set(keys):
         raise ValueError(f"{path}: not a JSON object" + (f" with {', '.join(keys)}" if keys else ""))
@@ -225,8 +213,6 @@ def read_csv(path, *columns):
         raise ValueError(f"{path}: not CSV ({error})") from error
     if missing := [column for column in columns if column not in found]:
         raise ValueError(f"{path}: no column {', '.join(missing)}")
-    if any(None in row for row in rows):
-        raise ValueError(f"{path}: a row has more cells than there are columns")
     return rows
 
 

@@ -4,12 +4,12 @@ A wrapper around DataLoader: an unreadable sample or a killed worker raises an e
 in /dev/shm, and when the disk stalls the log names the frame that is being waited for.
 """
 
+import itertools
 import logging
 import multiprocessing
-import os
+import operator
 import signal
 import sys
-import threading
 import time
 import traceback
 
@@ -50,71 +50,59 @@ def progress(total, name, initial=0):
     return tqdm(total=total, initial=initial, desc=str(name), disable=not runtime.is_first(), file=file, **limits)
 
 
-class SampleNumbers:
-    """Batch sampler: the sample numbers of this process for iterations `start` to `stop` - 1.
-
-    Iteration i of n processes draws samples i * n * batch_size onwards; each process takes batch_size of them in turn.
-    """
-
-    def __init__(self, start, stop, batch_size, rank, processes):
-        self.start, self.stop, self.batch_size, self.rank, self.processes = start, stop, batch_size, rank, processes
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        for i in range(self.start, self.stop):
-            first = (i * self.processes + self.rank) * self.batch_size
-            yield range(first, first + self.batch_size)
-
-
-def batches(dataset, indices, workers, device=None, collate=stacked):
-    """Yield collate([dataset[i] for i in batch]) on `device` for each batch of `indices`, a sequence of sequences.
+def batches(dataset, indices, workers, device="cpu", collate=stacked):
+    """Yield collate([dataset[i] for i in batch]) on `device` for each batch of `indices`, an iterable of sequences.
 
     dataset.frame(i) is the data.Frame of sample i, which the log names if reading it takes long. Raises what reading a sample
-    raised, as ValueError, OSError or MemoryError, and ChildProcessError if a worker was killed.
+    raised, as ValueError, OSError or MemoryError, and ChildProcessError if a worker was killed. Handles SIGCHLD and SIGALRM.
     """
+    upcoming, sampler = itertools.tee(indices)
     loader = DataLoader(
         _Batches(dataset, collate),
         batch_size=None,
-        sampler=indices,
-        num_workers=min(workers, len(indices)),
-        collate_fn=_identity,
-        pin_memory=device is not None and device.type == "cuda",
+        sampler=sampler,
+        num_workers=min(workers, operator.length_hint(indices, workers)),
+        pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=runtime.serve_parent,
     )
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in before]
-    awaited, is_over = {}, threading.Event()
+    awaited, since = (), 0.0  # the batch that is waited for, empty during a step
 
-    def notice(*_):
-        """On SIGCHLD, raise if a worker died: its half-sent batch would never arrive. Not during a step."""
+    def check_workers(*_):
+        """Raise if a worker was killed, because its half-sent batch would never arrive; but not during a step."""
         if awaited and not all(worker.is_alive() for worker in workers):
             raise ChildProcessError(KILLED)
 
     if workers:
-        signal.signal(signal.SIGCHLD, notice)
-    # Not a daemon thread: one that wakes during interpreter shutdown aborts it. It ends with the loop or the main thread.
-    threading.Thread(target=_watch, args=(dataset, awaited, workers, is_over)).start()
-    try:
-        for batch in indices:
-            awaited |= {"batch": batch, "since": time.monotonic(), "due": time.monotonic() + PATIENCE}
-            try:
-                read = next(iterator)
-            except RuntimeError as error:  # the loader's own; errors of samples arrive as batches
-                raise ChildProcessError(KILLED) from error
-            awaited.clear()
-            if read.error:
-                raise read.error
-            yield read.tensors(device)
-    finally:
-        awaited.clear()
-        is_over.set()
+        signal.signal(signal.SIGCHLD, check_workers)
+    signal.signal(signal.SIGALRM, lambda *_: _log_wait(dataset, awaited, time.monotonic() - since))
+    for batch in upcoming:
+        awaited, since = batch, time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
+        try:
+            check_workers()
+            read = next(iterator)
+        except RuntimeError as error:  # the loader's own; errors in reading samples are returned
+            raise ChildProcessError(KILLED) from error
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            awaited = ()
+        if isinstance(read, Exception):
+            raise read
+        yield read.tensors(device)
+
+
+def _log_wait(dataset, batch, seconds):
+    datasets = getattr(dataset, "datasets", [dataset])  # of a StackDataset
+    names = [str(part.frame(i).image) for i in batch for part in datasets]
+    more = f" or one of {len(names) - 3} more" if names[3:] else ""
+    log.error("nothing was read for %.0f s: waiting for %s%s", seconds, ", ".join(names[:3]), more)
 
 
 class _Batches(Dataset):
-    """Item `batch`, a sequence of sample numbers, is the batch of these samples."""
+    """Item `batch`, a sequence of sample numbers, is the batch of these samples, or the error in reading one."""
 
     def __init__(self, dataset, collate):
         self.dataset, self.collate = dataset, collate
@@ -122,30 +110,26 @@ class _Batches(Dataset):
     def __getitem__(self, batch):
         try:
             return _Batch(self.collate([self.dataset[i] for i in batch]))
-        except Exception as error:
-            return _Batch((), error)
+        except Exception as error:  # returned without its traceback, which would keep the loader alive
+            for kind in (MemoryError, OSError, ValueError):
+                if isinstance(error, kind):
+                    return kind(str(error))
+            return RuntimeError("".join(traceback.format_exception(error)))
 
 
 class _Batch:
-    """A batch, or an error, on its way from a worker process.
+    """A batch as arrays, which go through a pipe. Tensors need file descriptors and /dev/shm; which containers lack."""
 
-    A batch travels through a pipe as arrays: each tensor would need a file descriptor and room in /dev/shm, and containers
-    have little of either. An error travels as text, because its traceback would keep the loader alive.
-    """
-
-    def __init__(self, parts, error=None):
-        self.parts, self.error = _map(torch.Tensor, torch.Tensor.numpy, parts), None
-        if error is not None:
-            kind = next((kind for kind in (MemoryError, OSError, ValueError) if isinstance(error, kind)), None)
-            self.error = kind(str(error)) if kind else RuntimeError("".join(traceback.format_exception(error)))
+    def __init__(self, parts):
+        self.parts = _map(torch.Tensor, torch.Tensor.numpy, parts)
 
     def pin_memory(self):  # called by DataLoader, in a thread
         self.parts = _map(np.ndarray, lambda array: torch.from_numpy(array).pin_memory(), self.parts)
         return self
 
     def tensors(self, device):
-        parts = _map(np.ndarray, torch.from_numpy, self.parts)
-        return parts if device is None else _map(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), parts)
+        kinds = (np.ndarray, torch.Tensor)  # tensors are pinned
+        return _map(kinds, lambda part: torch.as_tensor(part).to(device, non_blocking=True), self.parts)
 
 
 def _map(kind, function, part):
@@ -153,21 +137,3 @@ def _map(kind, function, part):
     if isinstance(part, (list, tuple)):
         return [_map(kind, function, inner) for inner in part]
     return function(part) if isinstance(part, kind) else part
-
-
-def _identity(batch):
-    return batch
-
-
-def _watch(dataset, awaited, workers, is_over):
-    """Log the frames waited for, every PATIENCE seconds. awaited: batch, start, next time to log; empty during a step."""
-    while not is_over.wait(0.5) and threading.main_thread().is_alive():
-        if awaited and not all(worker.is_alive() for worker in workers):  # it died during a step
-            os.kill(os.getpid(), signal.SIGCHLD)
-        now, late = time.monotonic(), awaited.copy()
-        if late and now > late["due"]:
-            awaited["due"] = now + PATIENCE
-            datasets = getattr(dataset, "datasets", [dataset])  # of a StackDataset
-            names = [str(part.frame(i).image) for i in late["batch"] for part in datasets]
-            more = f" or one of {len(names) - 3} more" if names[3:] else ""
-            log.error("nothing was read for %.0f s: waiting for %s%s", now - late["since"], ", ".join(names[:3]), more)

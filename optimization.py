@@ -1,6 +1,8 @@
 """Parts of a training step: Adam, learning rates, gradient averaging, CUDA graphs, memory format, nan checks, timing."""
 
+import itertools
 import re
+import resource
 import time
 import warnings
 from pathlib import Path
@@ -83,10 +85,7 @@ def load_optimizer(optimizer, state):
     The moments are copied into the memory format of their parameters. load_state_dict keeps the format in which they were
     saved; if that differs (CPU and GPU, AVX2 and AVX-512), the fused Adam pairs them with the wrong weights, or fails.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, settings, strict=True):
-        group.update(kept)
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, moments in optimizer.state.items():
         for name in moments.keys() - {"step"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -161,42 +160,37 @@ class StepClock:
     """
 
     def __init__(self, device):
-        self.is_cuda = device.type == "cuda"
-        self.spans, self.phase = {"step": [], "wait": []}, "other"
+        self.is_cuda, self.starts = device.type == "cuda", []  # (phase, its start)
 
     def enter(self, phase):
         """End the current phase and start another."""
-        now = self._now()
-        if self.phase != "other":
-            self.spans[self.phase].append((self.since, now))
-        self.phase, self.since = phase, now
+        if self.is_cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.starts.append((phase, now))
 
     def read(self):
         """Mean seconds per step, and of waiting per step, since the last call; waits for the device."""
         if self.is_cuda:
             torch.cuda.synchronize()
-        means = [sum(map(self._seconds, spans)) / max(1, len(self.spans["step"])) for spans in self.spans.values()]
-        self.spans = {"step": [], "wait": []}
-        return means
-
-    def _now(self):
-        if not self.is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _seconds(self, span):
-        start, end = span
-        return start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
+        seconds = {"step": 0.0, "wait": 0.0, "other": 0.0}
+        for (phase, start), (_, end) in itertools.pairwise(self.starts):
+            seconds[phase] += start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
+        steps = max(1, sum(phase == "step" for phase, _ in self.starts))
+        self.starts = self.starts[-1:]
+        return seconds["step"] / steps, seconds["wait"] / steps
 
 
 def peak_memory_mib(device):
     """Peak memory so far in MiB: of tensors on a GPU, of the whole process (resident set) on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Not getrusage's ru_maxrss, which starts with the parent's peak.
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    status = Path("/proc/self/status")  # getrusage's ru_maxrss starts with the parent's peak
+    if not status.is_file():  # macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
 
 
 def not_finite(state, name=""):

@@ -12,9 +12,8 @@ import logging
 
 import data
 import files
-import loading
 import runtime
-from evaluate import evenly_spaced, load_segmenter, open_predictions, predict, save_prediction
+from evaluate import evenly_spaced, load_segmenter, open_predictions, predictions, save_prediction
 
 log = logging.getLogger("predict")
 
@@ -36,11 +35,8 @@ def parse_args():
 
 def is_done(frame, args):
     """Is the frame segmented, and not newer than its prediction?"""
-    path = args.out / f"{frame.name}.png"
-    paths, changed = (
-        [path, *([path.with_name(f"{path.stem}_overlay.jpg")] if args.overlay else [])],
-        frame.image.stat().st_mtime,
-    )
+    path, changed = args.out / f"{frame.name}.png", frame.image.stat().st_mtime
+    paths = [path, path.with_name(f"{path.stem}_overlay.jpg")] if args.overlay else [path]
     return all(path.is_file() and path.stat().st_mtime >= changed for path in paths)
 
 
@@ -63,16 +59,9 @@ def main():
     done, where = sum(is_done(frame, args) for frame in frames), runtime.describe(device, precision)
     log.info("%s: %s; %d photographs, %d already segmented", args.out, where, len(frames), done)
 
-    autocast, indices = runtime.autocast(device, precision), [[i] for i in range(len(own))]  # of one, as sizes differ
-    with (
-        loading.progress(len(own), args.out) as bar,
-        files.writers(runtime.default_workers()) as submit,
-    ):
-        batches = loading.batches(data.Frames(own, segmenter.width), indices, args.workers, device, collate=list)
-        for frame, [(image,)] in zip(own, batches, strict=True):
-            prediction = predict(segmenter, image, frame.size[::-1], autocast)
+    with files.writers(runtime.default_workers()) as submit:
+        for frame, prediction, _ in predictions(segmenter, own, segmenter.classes, args, device, precision):
             submit(save_prediction, args.out, frame, prediction.cpu(), segmenter.classes, args.overlay)
-            bar.update()
     runtime.barrier()
 
 

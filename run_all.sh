@@ -23,6 +23,7 @@
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage, quoted as in a shell
 #   PYTHON             the Python to use, without any set-up
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
+case $BASH_VERSION in [1-3].* | 4.[0-3].*) echo "run_all.sh: bash 4.4 or newer is needed (on macOS: brew install bash)" >&2 && exit 2 ;; esac
 set -euo pipefail
 { # parsed as a whole, so that editing this file does not disturb a run
 HERE=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -118,7 +119,7 @@ split() { # NAME TEXT: append the words of TEXT, which may be quoted, to an arra
     [ -n "$2" ] || return 0
     command -v xargs >/dev/null || fail "xargs is missing; on Debian and Ubuntu: apt install findutils"
     local words
-    words=$(xargs -r -n 1 printf '%s\n' <<<"$2" 2>/dev/null) || fail "$2: its quotes do not match"
+    words=$(xargs -n 1 printf '%s\n' <<<"$2" 2>/dev/null) || fail "$2: its quotes do not match"
     [ -z "$words" ] || readarray -t -O ${#array[@]} array <<<"$words"
 }
 split translator "${TRANSLATOR_ARGS:-}"
@@ -188,20 +189,28 @@ distance() { # NAME FOLDER [ARG...]
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiment
 
-OUT=$(realpath -m -- "$OUT")
+real_path() { # PATH: absolute and without links; it need not exist
+    if [ -d "$1" ]; then (CDPATH= cd -P -- "$1" && pwd) && return; fi
+    local parent && parent=$(real_path "$(dirname -- "$1")")
+    echo "${parent%/}/$(basename -- "$1")"
+}
+OUT=$(real_path "$OUT")
 if [ -n "${SOURCE:-}" ]; then
-    SOURCE=$(realpath -m -- "$SOURCE") TARGET=$(realpath -m -- "$TARGET")
+    SOURCE=$(real_path "$SOURCE") TARGET=$(real_path "$TARGET")
     case $OUT/ in "$SOURCE"/* | "$TARGET"/*) fail "OUT=$OUT: lies inside SOURCE or TARGET, which are only read" ;; esac
 fi
 mkdir -p "$OUT"
 is_drawn=no scored=yes oracle=$ORACLE # until the preflight finds no labels
 [ -n "${SOURCE:-}" ] || is_drawn=yes SOURCE=$OUT/data/source TARGET=$OUT/data/target
-state() { # a hash of all that the results depend on, and of what is there: words, code, every file's name, size and time
+describe=(stat -L -c '%n %s %.Y')
+stat -c %s . >/dev/null 2>&1 || describe=(stat -L -f '%N %z %Fm') # BSD and macOS
+state() { # a checksum of all that the results depend on, and of what is there: words, code, every file's name, size and time
     local words=("$SETTINGS" "$METHODS" "$SEED" "$ITERATIONS_SCALE" "$NPROC" "$TARGET_SPLITS" "$ORACLE" "$FID_WEIGHTS" "${CACHE:-}")
     words+=("${EXCLUDE:-}" "${common[@]}" "${translator[@]}" "${segmenter[@]}" "${adapter[@]}" "${readers[@]}")
     local word paths=("$SOURCE" "$TARGET" "$OUT" "$HERE"/*.py "$HERE/run_all.sh" "$HERE/demo")
     for word in "${words[@]}"; do [ ! -f "$word" ] || paths+=("$word"); done
-    { printf '%s\n' "${words[@]}" && { find -L "${paths[@]}" -type f ! -name .finished -printf '%p %s %T@\n' 2>/dev/null || true; } | sort; } | sha256sum
+    local files && files=$(find -L "${paths[@]}" -type f ! -name .finished -exec "${describe[@]}" {} + 2>/dev/null || true)
+    { printf '%s\n' "${words[@]}" && sort <<<"$files"; } | cksum
 }
 if [ -f "$OUT/.finished" ] && [ "$(state)" = "$(cat "$OUT/.finished")" ]; then
     echo "run_all.sh: finished, and nothing has changed: tables and figures are in $OUT/results"
@@ -228,10 +237,10 @@ else
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
     # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
     count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
-    frames=$(count "$(photos_of "$SOURCE" train)") kept=0 free=$(df --output=avail -m "$OUT" | tail -n 1)
+    frames=$(count "$(photos_of "$SOURCE" train)") kept=0 free=$(df -Pk "$OUT" | awk 'NR == 2 { print int($4 / 1024) }')
     [ -z "${CACHE:-}" ] || kept=$((frames + $(count "$(photos_of "$TARGET" "$TARGET_SPLITS")")))
     needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + kept + 2048))
-    held=$({ du -sm "$OUT" 2>/dev/null || true; } | cut -f 1) # what an earlier call has written already
+    held=$({ du -sk "$OUT" 2>/dev/null || true; } | awk '{ print int($1 / 1024) }') # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi
 

@@ -9,11 +9,10 @@ import io
 import logging
 import multiprocessing
 import os
+import re
 import signal
-import socket
 import sys
 import traceback
-import warnings
 from pathlib import Path
 
 import torch
@@ -22,9 +21,8 @@ import torch.distributed as dist
 import files
 
 VERSION = "0.2.0"
-PCI_DEVICES = Path("/sys/bus/pci/devices")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # trainers finish the step and save; workers ignore them
 log = logging.getLogger("runtime")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # trainers finish the step and save; workers ignore them
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -33,7 +31,6 @@ log = logging.getLogger("runtime")
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 REMEDIES = {  # for OSErrors that name no file
     errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
-    errno.EROFS: "/dev/shm is read-only; give --workers 0",
     errno.EMFILE: "raise ulimit -n, or lower --workers",
     errno.EAGAIN: "raise ulimit -u, or lower --workers",
 }
@@ -42,8 +39,7 @@ REMEDIES = {  # for OSErrors that name no file
 def run_script(main):
     """Call main(). Errors that a user can cause become one line on stderr and an exit status; no child process is left.
 
-    Status 2: bad input, files that cannot be read or written (ValueError, OSError). Status 1: a run that diverged
-    (FloatingPointError), lack of memory, a lost process. 130 and 143: SIGINT and SIGTERM.
+    Status 2: bad input, unreadable or unwritable files. 1: divergence, lack of memory, a lost process. 130, 143: signals.
     CLADA_TRACEBACK=1 in the environment also shows where an error came from.
     """
     _survive_closed_streams()
@@ -66,7 +62,7 @@ def run_script(main):
         if text is None or os.environ.get("CLADA_TRACEBACK"):
             traceback.print_exc()
         else:
-            print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {files.printable(text)}", file=sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on an exception would be a traceback
         for child in multiprocessing.active_children():  # workers ignore signals, and the exit would wait for them
@@ -79,9 +75,9 @@ def run_script(main):
 
 
 def _explain(error):
-    """(exit status, one line) for an error that a user can cause, (1, None) for any other."""
-    text = files.printable(str(error).strip() or type(error).__name__)
-    first = files.printable(str(error).strip().partition("\n")[0])
+    """(exit status, text) for an error that a user can cause, (1, None) for any other."""
+    text = str(error).strip() or type(error).__name__
+    first = text.partition("\n")[0]
     if is_out_of_memory(error):
         return 1, "not enough memory: lower --workers, --batch-size, --crop-size, --width or --base-channels"
     if isinstance(error, (FloatingPointError, ChildProcessError)):
@@ -98,10 +94,9 @@ def _explain(error):
 
 
 def is_out_of_memory(error):
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    message = str(error).strip().partition("\n")[0]
-    return isinstance(error, (RuntimeError, OSError)) and any(words in message for words in OUT_OF_MEMORY)
+    first = str(error).strip().partition("\n")[0]
+    is_said = isinstance(error, (RuntimeError, OSError)) and any(words in first for words in OUT_OF_MEMORY)
+    return is_said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 class _LossyFile(io.FileIO):
@@ -185,12 +180,7 @@ def height_width(text):
 def parser(docstring):
     """An argument parser whose help is the script's docstring and whose errors are one line."""
     made = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(message):
-        print(f"{made.prog}: {files.printable(message)}", file=sys.stderr)
-        sys.exit(2)
-
-    made.error = error
+    made.error = lambda message: made.exit(2, f"{made.prog}: {files.printable(message)}\n")
     return made
 
 
@@ -204,7 +194,8 @@ def add_device_arguments(parser):
 
 def default_workers():
     """One process per core that this process may use, at most 16; under torchrun, divided among this machine's processes."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // torchrun("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
+    return max(1, min(16, cores // torchrun("LOCAL_WORLD_SIZE", 1)))
 
 
 def add_compute_arguments(parser, precision="auto"):
@@ -225,7 +216,7 @@ def pick_device(name, tf32=False, deterministic=False):
 
     tf32: let convolutions on CUDA round their inputs to TF32's 10-bit mantissa; matrix products stay in float32, because
     PatchNCE needs it. deterministic: use CUDA's deterministic algorithms, and do not choose cuDNN's by timing them.
-    Raises ValueError, with the reason and the remedy, for a device that is not there or does not compute.
+    Raises ValueError for a device that is not there or does not compute.
     """
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32, False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums of products in float32
@@ -233,73 +224,38 @@ def pick_device(name, tf32=False, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
-    wanted, index = name, torchrun("LOCAL_RANK", None)
-    if name in ("auto", "cuda"):  # under torchrun, one GPU per process
-        wanted = "cuda" if index is None else f"cuda:{index}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch also raises what it warns about
-        if name == "auto" and not (torch.cuda.is_available() or _nvidia_gpu_present()):
-            wanted = "cpu"
-        device, problem = _try_device(wanted)
-        for_all = index is None or not torch.cuda.is_available()  # a mix of GPUs and CPUs would wait forever
-    if problem and name == "auto" and for_all:
-        log.warning("--device auto: using the CPU, because the GPU cannot be used: %s", problem)
+    index, is_auto = torchrun("LOCAL_RANK", None), name == "auto"
+    if is_auto:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and index is not None:  # under torchrun, one GPU per process
+        name = f"cuda:{index}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:1, ...")
+    device = torch.device(name)
+    try:
+        torch.ones(1, device=device).add(1).item()  # a GPU may be listed and yet be busy, or too old for this torch
+    except (RuntimeError, AssertionError) as error:
+        reason, builds = str(error).splitlines()[0], "other builds: https://pytorch.org/get-started/previous-versions"
+        reason += f" (torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; {builds})"
+        # A busy GPU is no reason to train on the CPU; a mix of GPUs and CPUs would wait forever.
+        if not is_auto or index is not None or "out of memory" in reason or "busy" in reason:
+            raise ValueError(f"--device {name}: {reason}") from error
+        log.warning("--device auto: using the CPU, because the GPU cannot be used: %s", reason)
         device = torch.device("cpu")
-    elif problem:
-        raise ValueError(f"--device {wanted}: {problem}")
-    if device.type == "cuda" and device.index is not None:
+    if device.index is not None:
         torch.cuda.set_device(device)  # default device for NCCL and for a bare `cuda`
     return device
-
-
-def _try_device(name):
-    """(torch.device, "") if it computes 1 + 1, else (None, problem and remedy).
-
-    Raises ValueError for a busy GPU, which is no reason to train on the CPU.
-    """
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index.isdecimal() or name == kind):
-        return None, "not supported; use cpu, cuda, cuda:1, ..."
-    try:
-        device = torch.device(name)
-        if torch.ones(1, device=device).add(1).item() == 2:
-            return device, ""
-        reason = "it computes wrong results"
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-    if "out of memory" in reason or "busy" in reason:
-        raise ValueError(f"--device {name}: in use by other processes ({reason})")
-    if torch.version.cuda is None and torch.version.hip is None:
-        return None, "this torch is built for CPUs only; install a CUDA build, see https://pytorch.org/get-started/locally"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if int(index or 0) >= torch.cuda.device_count() > 0 or (visible is not None and torch.cuda.device_count() == 0):
-        seen = f"; CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else ""
-        return None, f"this process sees {torch.cuda.device_count()} GPUs{seen} ({reason})"
-    cards = f" and a card among {' '.join(torch.cuda.get_arch_list())}" if torch.cuda.is_available() else ""
-    needs = f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}{cards}"
-    return None, f"{reason} ({needs}; other builds: https://pytorch.org/get-started/previous-versions)"
-
-
-def _nvidia_gpu_present():
-    """Is an NVIDIA GPU on the PCI bus, and not hidden by CUDA_VISIBLE_DEVICES?"""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return False
-    for folder in PCI_DEVICES.glob("*"):
-        with contextlib.suppress(OSError):
-            vendor, kind = ((folder / name).read_text() for name in ("vendor", "class"))
-            if vendor.startswith("0x10de") and kind.startswith("0x03"):  # NVIDIA; a display or 3D controller
-                return True
-    return False
 
 
 def pick_precision(name, device):
     """--precision -> "fp32" or "bf16"; auto is bf16 only where the hardware has it, not where it is emulated."""
     if name != "auto":
         return name
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        log.info("--precision auto: fp32, because %s has no bf16", torch.cuda.get_device_name(device))
-        return "fp32"
-    return "bf16" if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
 
 
 def describe(device, precision):
@@ -317,29 +273,19 @@ def autocast(device, precision):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes: under torchrun, each computes its share of every batch
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-
 
 def torchrun(name, default):
     """A number that torchrun has set in the environment; the default if torchrun did not start this process."""
-    is_set = "TORCHELASTIC_RUN_ID" in os.environ and all(os.environ.get(n, "").isdecimal() for n in TORCHRUN)
-    return int(os.environ[name]) if is_set else default
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
 
 
 def join_processes(device):
     """Under torchrun, join the other processes."""
     if torchrun("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            # Restarted processes would find their dead predecessors' addresses in the store, and wait half an hour for them.
-            raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
-        address = os.environ.get("MASTER_ADDR", ""), int(os.environ["MASTER_PORT"])
-        try:
-            socket.create_connection(address, timeout=60).close()
-        except OSError as error:
-            remedy = "if these variables are left over from another launcher, unset TORCHELASTIC_RUN_ID"
-            raise ValueError(f"torchrun is not at {address[0]}:{address[1]} ({error}); {remedy}") from error
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and torchrun("TORCHELASTIC_MAX_RESTARTS", 0) > 0:
+        # Restarted processes would find their dead predecessors' addresses in the store, and wait half an hour for them.
+        raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python handlers would not run while C++ waits
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # the slowest GPU may be hours behind

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import files
 import loading
@@ -34,11 +33,9 @@ log = logging.getLogger("training")
 
 # Arguments that may differ when a run is resumed, because they do not change what it computes. Paths of data and weights
 # may differ because their content is compared.
-FREE_ARGUMENTS = set(
-    "version out device deterministic compile workers cache log_every save_every keep_every check exclude".split()
-)
-FREE_ARGUMENTS |= set("source target data split target_splits segmenter encoder_weights".split())
-FREE_ARGUMENTS |= set("content_of_source content_of_target content_of_data".split())  # until finished: see is_finished
+FREE_ARGUMENTS = "version out device deterministic compile workers cache log_every save_every keep_every check exclude".split()
+PATHS = ["source", "target", "data", "segmenter"]
+FREE_ARGUMENTS += [*PATHS, "split", "target_splits", "encoder_weights"]
 
 
 def add_domain_arguments(parser, source, target):
@@ -79,39 +76,33 @@ class Run:
         self.checkpoint = self.out / "checkpoint.pt"
         if args.compile and args.deterministic:
             raise ValueError("--compile: not with --deterministic, because compiled kernels are chosen by timing them")
-        if args.crop_size[1] > args.width:
-            raise ValueError(f"--crop-size {args.crop_size[1]}: wider than the frames at --width {args.width}")
-        inputs = [getattr(args, name, None) for name in ("source", "target", "data", "segmenter")]
+        inputs = [getattr(args, name, None) for name in PATHS]
         files.check_out(self.out, *inputs)
-        files.check_out(args.cache or os.devnull, *inputs, flag="--cache")
-        if args.cache and args.cache.exists() and not args.cache.is_dir():
-            raise ValueError(f"--cache {args.cache}: a file, where a folder is needed")
-        self._read_saved_arguments()
-        if args.precision == "auto":
-            args.precision = self.saved.get("precision") or runtime.pick_precision("auto", self.device)
-        self.compare_arguments()
-        self.iteration = 0  # steps done
-        self.left_out = {}  # frames that are not used: {name: reason}
-        self.rows, self.sums, self.steps_summed = [], {}, 0
-
-    def _read_saved_arguments(self):
+        if args.cache:
+            files.check_out(args.cache, *inputs, flag="--cache")
         path = self.out / "args.json"
         self.saved = files.read_json(path) if path.is_file() else {}
-        if self.saved.get("script", self.args.script) != self.args.script:
-            raise ValueError(f"{path}: belongs to a run of {files.printable(self.saved['script'])}; give another --out")
+        if args.precision == "auto":
+            args.precision = self.saved.get("precision") or runtime.pick_precision("auto", self.device)
+        self._compare_arguments()
+        self.iteration, self.frames = 0, {}  # steps done; the data, {name: data.FrameList}
+        self.rows, self.sums, self.steps_summed = [], {}, 0
 
-    def compare_arguments(self, free=FREE_ARGUMENTS):
-        """Raises ValueError if the run was started with arguments or data that would change what it computes."""
+    def _compare_arguments(self, may_differ=()):
+        """Raise ValueError if the run was started with arguments or data that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
-        changed = [
-            f"{_flag(key)} (was {files.printable(self.saved[key])[:200]}, is now {files.printable(value)[:200]})"
+        changed = {
+            key: f"{_described(key)} (was {self.saved[key]}, is now {value})"
             for key, value in self.arguments.items()
-            if key in self.saved and key not in free and self.saved[key] != value
-        ]
+            if key not in FREE_ARGUMENTS and self.saved.get(key, value) != value
+        }
+        for key in may_differ:
+            if changed.pop(key, None):
+                log.warning("%s: %s has changed since the run was started", self.out, _described(key))
         if changed:
-            changed = ", ".join(changed)
             raise ValueError(
-                f"{self.out}: started with other arguments: {changed}; give another --out, or delete this one to start anew"
+                f"{self.out}: started with other arguments: {', '.join(changed.values())}; give another --out, or delete this "
+                "one to start anew"
             )
 
     def is_finished(self, **frames):
@@ -119,24 +110,18 @@ class Run:
 
         In an unfinished run, changed file content only gives a warning: a damaged file may have been repaired.
         """
+        self.frames = frames
         for name, listed in frames.items():
             setattr(self.args, f"frames_of_{name}", listed.fingerprint())
             setattr(self.args, f"content_of_{name}", listed.content())
-            self.left_out |= {f"--{name} {frame}": reason for frame, reason in listed.left_out.items()}
-        self.compare_arguments()
-        if not (self.out / "weights.pt").is_file():
-            for name in frames:
-                key = f"content_of_{name}"
-                if self.saved.get(key, self.arguments[key]) != self.arguments[key]:
-                    log.warning("%s: files of --%s have changed since the run was started", self.out, name)
-            return False
-        self.compare_arguments(free=FREE_ARGUMENTS - {f"content_of_{name}" for name in frames})
-        print(f"{self.out}: finished")
-        if runtime.is_first() and not self.args.check:
-            with contextlib.suppress(OSError):  # a read-only archive
-                now = {key: self.arguments[key] for key in ("source", "target", "data", "segmenter") if key in self.arguments}
-                files.write_json(self.out / "args.json", self.saved | now)  # where the data are now
-        return True
+        is_finished = (self.out / "weights.pt").is_file()
+        self._compare_arguments(may_differ=() if is_finished else [f"content_of_{name}" for name in frames])
+        if is_finished:
+            print(f"{self.out}: finished")
+            current = self.saved | {key: self.arguments[key] for key in PATHS if key in self.arguments}
+            if current != self.saved and runtime.is_first() and not self.args.check:
+                files.write_json(self.out / "args.json", current)  # report.py looks there for the data, which have moved
+        return is_finished
 
     def print_check(self):
         """Report that --check found no problem."""
@@ -151,11 +136,8 @@ class Run:
         self.state, self.weights = state, weights
         if runtime.is_first():
             self.lock = files.lock(self.out)
-            self._read_saved_arguments()  # again: another process may have started while this one looked at its data
-            self.compare_arguments()
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
-            files.clear_parts(self.out / "samples")
         if self.args.cache:  # each machine may have its own
             self.args.cache.mkdir(parents=True, exist_ok=True)
             if os.access(self.args.cache, os.W_OK):
@@ -171,10 +153,10 @@ class Run:
                     optimization.compile_network(part)
         if runtime.is_first():
             files.write_json(self.out / "args.json", self.arguments)
-            if self.left_out:
-                files.write_left_out(self.out, self.left_out)
-        counts = {key.removeprefix("frames_of_"): value for key, value in self.arguments.items() if "frames_of_" in key}
-        frames = ", ".join(f"{name}: {value.partition(',')[0]}" for name, value in counts.items())
+            left_out = {f"--{name} {frame}": why for name, used in self.frames.items() for frame, why in used.left_out.items()}
+            if left_out:
+                files.write_left_out(self.out, left_out)
+        frames = ", ".join(f"{name}: {len(used)} frames" for name, used in self.frames.items())
         position = f"resumes after {self.iteration} of" if self.iteration else "starts on"
         where = runtime.describe(self.device, self.args.precision)
         log.info("%s: %s; %s; %s %d steps", self.out, where, frames, position, self.args.iterations)
@@ -202,8 +184,10 @@ class Run:
 
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the remaining steps; log, save, and stop on signals."""
-        args = self.args
-        indices = loading.SampleNumbers(self.iteration, args.iterations, args.batch_size, runtime.rank(), runtime.processes())
+        args, size = self.args, self.args.batch_size
+        # Every iteration takes the next batch_size samples for each process in turn.
+        firsts = range((self.iteration * runtime.processes() + runtime.rank()) * size, self.samples, runtime.processes() * size)
+        indices = (range(first, first + size) for first in firsts)
         batches = loading.batches(dataset, indices, args.workers, self.device)
         self.bar = loading.progress(args.iterations, self.out, self.iteration)
         self.clock = optimization.StepClock(self.device)
@@ -219,9 +203,9 @@ class Run:
                     self._after_step(signals)
                     self.bar.update()
                     self.is_waiting = self.iteration < args.iterations
-            except _Stopped:
+            except SystemExit:  # after a signal
                 self.save()
-                sys.exit(128 + signals[0])
+                raise
 
     def _after_step(self, signals):
         """Log and save if due, and stop if any process has received a signal."""
@@ -230,15 +214,16 @@ class Run:
         is_last = self.iteration == self.args.iterations
         if is_last or self.iteration % self.args.log_every == 0:
             self._write_log()
-        signal_number = _agree(signals)
+        # Summed, so that all processes stop after the same step; on the CPU, while the GPU keeps computing.
+        is_stopped = int(runtime.all_reduce_sum_(torch.tensor(len(signals)))) > 0
         if self.args.keep_every and self.iteration % self.args.keep_every == 0:
             self._finite_state()
             if runtime.is_first():
                 files.write_whole(self.out / f"weights_{self.iteration:07d}.pt", torch_bytes(self.weights()))
-        if is_last or self.iteration % self.args.save_every == 0 or signal_number:
+        if is_stopped and not is_last:
+            sys.exit(128 + (signals or runtime.STOP_SIGNALS)[0])  # `iterations` saves
+        if is_last or self.iteration % self.args.save_every == 0:
             self.save()
-        if signal_number and not is_last:
-            sys.exit(128 + signal_number)
 
     @property
     def samples(self):
@@ -265,11 +250,12 @@ class Run:
 
     def _write_log(self):
         self.clock.enter("other")
-        means = self._finite_means()
+        self._finite_state()
+        totals = {name: runtime.all_reduce_mean_(total.double()).item() for name, total in self.sums.items()}
+        means = {name: total / self.steps_summed for name, total in totals.items()}
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
         seconds, wait = self.clock.read()
         peak = f"{optimization.peak_memory_mib(self.device):.0f}"
-        self._finite_state()
         self.rows.append(
             {"iteration": self.iteration}
             | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
@@ -280,45 +266,27 @@ class Run:
         self.sums, self.steps_summed = {}, 0
         self.clock.enter("wait")
 
-    def _finite_means(self):
-        if not self.sums:
-            return {}
-        totals = runtime.all_reduce_mean_(torch.stack([total.double() for total in self.sums.values()])).tolist()
-        means = {name: total / self.steps_summed for name, total in zip(self.sums, totals, strict=True)}
-        if bad := [name for name, mean in means.items() if not np.isfinite(mean)]:
-            raise self._divergence("loss", bad)
-        return means
-
     def _finite_state(self):
+        """The states of all parts. FloatingPointError in every process if one of them or a loss is not finite in any."""
         state = {name: part.state_dict() for name, part in self.state.items()}
-        bad = optimization.not_finite(state)
-        if runtime.processes() > 1:  # per-process state, such as BatchNorm statistics, may be bad in one process only
-            bad = list(dict.fromkeys(name for names in runtime.all_gather(bad) for name in names))
-        if bad:
-            raise self._divergence("state", bad)
+        bad = runtime.all_gather(optimization.not_finite(state | {"loss": self.sums}))
+        if names := list(dict.fromkeys(name for each in bad for name in each)):
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            raise FloatingPointError(
+                f"{self.out}: diverged before iteration {self.iteration}: {listed} not finite; the last checkpoint is kept. "
+                "A lower --lr may help: delete the folder, or give another --out"
+            )
         return state
-
-    def _divergence(self, kind, names):
-        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        return FloatingPointError(
-            f"{self.out}: diverged before iteration {self.iteration}: {kind} {listed} not finite; the last checkpoint is "
-            "kept. A lower --lr may help: delete the folder, or give another --out"
-        )
 
     def save(self):
         """Write checkpoint.pt, unless the state or the losses are not finite."""
         self.clock.enter("other")
-        self._finite_means()
         state = self._finite_state()
         for name, part in self.state.items():
             if isinstance(part, PerProcess):
                 state[name] = runtime.all_gather(state[name])
-        content = {
-            "iteration": self.iteration,
-            "state": state,
-            "sums": runtime.all_gather(self.sums),
-            "steps_summed": self.steps_summed,
-        }
+        sums = runtime.all_gather(self.sums)
+        content = {"iteration": self.iteration, "state": state, "sums": sums, "steps_summed": self.steps_summed}
         if runtime.is_first():
             files.write_whole(self.checkpoint, torch_bytes(content))
         self.clock.enter("wait")
@@ -327,15 +295,16 @@ class Run:
         """Write summary.json and, last, weights.pt, which marks the run as finished."""
         if not runtime.is_first():
             return
-        software = {"version": runtime.VERSION, "python": sys.version.split()[0], "torch": torch.__version__}
-        summary |= software | {"iterations": self.iteration}
         rows = [row for row in self.rows if row.get("wait_seconds")]  # older versions counted the wait as part of the step
         for name in ("seconds_per_iteration", "wait_seconds"):
-            times = [float(row[name]) for row in rows] or [0.0]
+            times = [float(row[name]) for row in rows]
             summary[name] = statistics.median(times[1:] or times)  # without the first interval, which warms up
-        peaks = [int(row["peak_memory_mib"] or 0) for row in self.rows]
         summary |= {
-            "peak_memory_mib": max(peaks),
+            "version": runtime.VERSION,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "iterations": self.iteration,
+            "peak_memory_mib": max(int(row["peak_memory_mib"]) for row in rows),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
@@ -354,45 +323,30 @@ def torch_bytes(content):
     return buffer.getbuffer()
 
 
-def _flag(key):
-    """The flag that an entry of args.json describes: content_of_source -> "content of --source"."""
-    what, _, name = key.rpartition("_of_")
-    if key == "processes":
-        return "the number of processes"
-    return (f"{what} of --" if what else "--") + name.replace("_", "-")
-
-
-def _agree(signals):
-    """The number of a signal that any process received, 0 for none: all processes stop after the same step."""
-    number = torch.tensor(max(signals, default=0))
-    if runtime.processes() > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, while the GPU keeps computing
-    return int(number)
-
-
-class _Stopped(BaseException):
-    """Raised by a signal that arrives while waiting for a batch, which may take arbitrarily long."""
+def _described(key):
+    """What an entry of args.json is: content_of_source -> "content of --source"."""
+    if "_of_" in key:
+        return key.replace("_of_", " of --").replace("_", "-")
+    return {"processes": "the number of processes", "script": "the script"}.get(key, "--" + key.replace("_", "-"))
 
 
 @contextlib.contextmanager
 def _caught_signals(run):
-    """A list to which SIGTERM, SIGINT and SIGHUP are appended, so that the current step is finished and saved first.
+    """Yield a list to which SIGTERM, SIGINT and SIGHUP are appended, so that the current step is finished and saved first.
 
-    A signal may come several times: torchrun and run_all.sh forward what their process group has already received. With
-    several processes, none stops while waiting for a batch, because all must stop after the same step.
+    While waiting for a batch, which may take arbitrarily long, the first one raises SystemExit, unless there are several
+    processes, which must all stop after the same step. More may follow: torchrun and run_all.sh forward what their process
+    group has already received.
     """
-    caught, previous = [], {}
+    caught = []
 
     def catch(number, frame):
         caught.append(number)
         if run.is_waiting and len(caught) == 1 and runtime.processes() == 1:
-            raise _Stopped
+            sys.exit(128 + number)
 
-    for number in runtime.STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            previous[number] = signal.signal(number, catch)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in runtime.STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                stack.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

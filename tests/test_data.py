@@ -86,7 +86,7 @@ def test_layouts_are_told_apart(tmp_path):
     assert len(data.list_frames(cityscapes, "train,val", labelled=False)) == 4
     with pytest.raises(ValueError, match="no images/ .GTA5. or leftImg8bit/"):
         data.list_frames(tmp_path)
-    with pytest.raises(ValueError, match="no such split"):
+    with pytest.raises(ValueError, match="leftImg8bit/test: no such folder"):
         data.list_frames(cityscapes, "train,test")
 
 
@@ -151,13 +151,6 @@ def test_streams_differ_in_order_and_crop(tmp_path):
     one = data.list_frames(write_gta5(tmp_path / "one", [(40, 60)]))
     x, y = (data.Crops(one, 60, (16, 16), 8, stream=stream) for stream in (0, 1))
     assert not any(torch.equal(x[k], y[k]) for k in range(8))
-
-
-def test_frames_resize_the_image_and_keep_the_labels_size(tmp_path):
-    frame = data.list_frames(write_gta5(tmp_path, [(40, 60)]))[0]
-    image, label = data.Frames([frame], 30)[0]
-    assert torch.equal(image, data.resize_to_width(data.load_image(frame.image), 30)) and image.shape == (3, 20, 30)
-    assert torch.equal(label, data.load_label(frame.label)) and label.shape == (40, 60)
 
 
 @pytest.mark.parametrize("width", [60, 47, 130])
@@ -242,11 +235,11 @@ def test_a_cache_that_cannot_be_written_is_ignored(tmp_path, monkeypatch):
 
 
 def refused(function, *args, **options):
-    """Return the message of the ValueError that a call raises. It must be one line."""
+    """Return the message of the ValueError that a call raises, as it is printed. It must be one line."""
     with pytest.raises(ValueError) as error:
         function(*args, **options)
-    message = str(error.value)
-    assert message.isprintable() and message.isascii() and "Error" not in message, message
+    message = data.printable(error.value)
+    assert message.isascii() and "Error" not in message, message
     return message
 
 
@@ -300,7 +293,7 @@ NO_IMAGE = {  # what list_frames and load_image say
     "16-bit colour with alpha": (write_bytes(png(20, 20, 16, 6, bytes(20 * 161))), "16-bit pixels"),
     "too many pixels": (write_bytes(png(100_000, 100_000, 8, 2)), "exceeds limit of 178956970 pixels"),
 }
-NO_SIZE = {  # what list_frames says; load_image reads them
+NO_SIZE = {  # what check_frames says; load_image reads them
     "1x1": (save("RGB", (1, 1)), "1x1, smaller than the minimum of 16x16"),
     "1xN": (save("RGB", (400, 1)), "400x1, smaller than the minimum of 16x16"),
     "Nx15": (save("L", (15, 400)), "15x400, smaller than the minimum of 16x16"),
@@ -318,23 +311,28 @@ def cases(*tables):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(("make", "message"), cases(NO_FILE, NO_IMAGE, NO_SIZE))
+@pytest.mark.parametrize(("make", "message"), cases(NO_FILE, NO_IMAGE))
 def test_unusable_images_are_refused_from_their_headers(tmp_path, make, message, labelled):
     """A FIFO among them: opening one would wait for ever."""
     root = write_gta5(tmp_path, [(20, 30)] * 3)
     path = root / "images" / "00001.png"
     path.unlink()
     make(path)
-    if labelled and "smaller" in message:  # the pair's sizes differ
-        assert data.list_frames(root).left_out.keys() == {"00001"}
-    else:
-        found = refused(data.list_frames, root, labelled=labelled)
-        assert found.startswith(f"{path}: ") and message in found and "more" not in found
-    if "smaller" in message:
-        data.load_image(path)
-    else:
-        assert message in refused(data.load_image, path)
-        assert f"{path}: " in refused(data.load_label_ids, path)
+    found = refused(data.list_frames, root, labelled=labelled)
+    assert found.startswith(f"{path}: ") and message in found and "more" not in found
+    assert message in refused(data.load_image, path)
+    assert f"{path}: " in refused(data.load_label_ids, path)
+
+
+@pytest.mark.parametrize(("make", "message"), cases(NO_SIZE))
+def test_images_that_are_too_small_are_refused(tmp_path, make, message):
+    root = write_gta5(tmp_path, [(20, 30)] * 3)
+    path = root / "images" / "00001.png"
+    make(path)
+    assert data.list_frames(root).left_out.keys() == {"00001"}  # the pair's sizes differ
+    frames = data.list_frames(root, labelled=False)
+    assert refused(data.check_frames, frames) == f"{path}: {message} (1 of 3 frames)"
+    data.load_image(path)
 
 
 @pytest.mark.parametrize(("make", "message"), cases(NO_FILE, NO_LABEL))
@@ -422,14 +420,15 @@ def test_all_problems_of_the_structure_are_counted_and_listed(tmp_path, monkeypa
         f"{labels[0]}: has no image",
         f"{images[1]}: has no label (PNG)",
         f"{images[2]}: a second file of frame {names[2]}; names must be unique",
-        f"{labels[3]}: differs from its image in size",
         f"{labels[4]}: {DAMAGED}(cannot identify image file '{labels[4]}')",
     ]
     assert listed(root, monkeypatch, capsys) == sorted(expected)
     message = refused(data.list_frames, root)
-    assert message.startswith(tuple(expected)) and message.endswith("(and 4 more: see data.py DIR --check-data)")
+    assert message.startswith(tuple(expected)) and message.endswith("(and 2 more: see data.py DIR --check-data)")
     assert [frame.name for frame in data.list_frames(root, exclude=names[:5])] == names[5:]  # excluded files are not read
-    assert refused(data.list_frames, root, exclude=names[:4]) == expected[4]  # a single problem, no count
+    assert refused(data.list_frames, root, exclude=names[:4]) == expected[3]  # a single problem, no count
+    differing = f"{labels[3]}: differs from its image in size (1 of 2 labels)"
+    assert refused(data.list_frames, root, exclude=[*names[:3], names[4]]) == differing
     assert "6 left out" in refused(data.list_frames, root, exclude=names)
 
 
@@ -446,7 +445,7 @@ def test_missing_folders_are_named(tmp_path):
     assert "gone: no such folder" in refused(data.list_frames, tmp_path / "gone")
     root = write_cityscapes(tmp_path / "b", {"train": 1})
     (root / "gtFine").rename(root / "elsewhere")
-    assert "gtFine/train: no such split" in refused(data.list_frames, root)
+    assert "gtFine/train: no such folder" in refused(data.list_frames, root)
 
 
 def test_check_data_lists_problems_of_headers_and_pixels(tmp_path, monkeypatch, capsys):
@@ -455,19 +454,17 @@ def test_check_data_lists_problems_of_headers_and_pixels(tmp_path, monkeypatch, 
     images[0].write_bytes(images[0].read_bytes()[:-40])
     Image.fromarray(np.full((40, 60), 77, np.uint8)).save(labels[1])
     images[2].write_bytes(png(60, 40, 16, 2, bytes(40 * 361)))
-    labels[2].write_bytes(b"")  # both files of one frame
-    for path in (images[3], labels[3]):
-        Image.new("L", (5, 5), 7).save(path)
+    labels[2].write_bytes(b"")  # of the files of a frame, the first that is damaged is named
+    labels[3].write_bytes(labels[3].read_bytes()[:-40])
     found = listed(root, monkeypatch, capsys)
     starts = [
         f"{images[0]}: {DAMAGED}(",
         f"{images[2]}: {DAMAGED}(16-bit pixels",
-        f"{images[3]}: 5x5, smaller than the minimum of 16x16",
         f"{labels[1]}: label ids [77] are not in Cityscapes' table",
-        f"{labels[2]}: {DAMAGED}(",
+        f"{labels[3]}: {DAMAGED}(",
     ]
     assert len(found) == len(starts) and all(map(str.startswith, found, starts))
-    assert listed(root, monkeypatch, capsys, "--unlabelled") == found[:3]
+    assert listed(root, monkeypatch, capsys, "--unlabelled") == found[:2]
     (tmp_path / "exclude").write_text("00000\n00001\n00002\n00003\n")
     assert command(monkeypatch, capsys, root, "--check-data", "--exclude", tmp_path / "exclude")[0] == 0
 
@@ -569,7 +566,7 @@ def test_the_command_keeps_to_its_streams(tmp_path):
 
 def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     root = write_gta5(tmp_path, [(20, 30), (20, 15)])
-    message = f"data.py: {root}/images/00001.png: 15x20, smaller than the minimum of 16x16\n"
+    message = f"data.py: {root}/images/00001.png: 15x20, smaller than the minimum of 16x16 (1 of 2 frames)\n"
     assert command(monkeypatch, capsys, root, "--unlabelled") == (2, "", message)
     status, out, err = command(monkeypatch, capsys, root, "--exclude", root / "gone")
     assert (status, out) == (2, "") and "No such file" in err and "gone" in err and err.count("\n") == 1

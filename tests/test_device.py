@@ -183,7 +183,7 @@ def test_peak_memory_leaves_out_the_first_steps(tmp_path, cuda, again, monkeypat
 
 
 def started_by_torchrun(monkeypatch, **values):
-    variables = {"TORCHELASTIC_RUN_ID": "x"} | dict.fromkeys(runtime.TORCHRUN, 1) | values
+    variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2} | values
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
 
@@ -192,7 +192,7 @@ def test_a_gpu_that_is_not_there_is_one_line_that_says_what_is_needed(pair, tmp_
     words = ["--source", pair / "source", "--target", pair / "target", "--method", "cut", "--out", tmp_path / "a"]
     result = script("train_translator.py", *words, "--device", "cuda")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--device cuda: this process sees 0 GPUs; CUDA_VISIBLE_DEVICES is ''" in result.stderr
+    assert "--device cuda: " in result.stderr and "sees 0 GPUs" in result.stderr
     result = script(
         "evaluate.py", "--segmenter", "x", "--data", pair / "target", "--device", "meta"
     )  # exists, computes nothing
@@ -206,44 +206,19 @@ def broken_gpu(monkeypatch):
     monkeypatch.setattr(runtime.torch, "device", lambda name: real("meta" if name.startswith("cuda") else name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
 
 
-def test_a_gpu_that_cannot_compute_is_refused_with_what_to_install(broken_gpu, flags):
-    with pytest.raises(ValueError, match=r"--device cuda: .* CUDA 13.0 and a card among sm_75 sm_80") as error:
-        runtime.pick_device("cuda")
+@pytest.mark.parametrize("name", ["cuda", "auto"])
+def test_a_gpu_that_cannot_compute_is_refused_with_what_to_do(broken_gpu, flags, name):
+    """Also by auto: a slow run on the CPU would be noticed late."""
+    with pytest.raises(ValueError, match=r"--device cuda: .* sees 2 GPUs; use CUDA_VISIBLE_DEVICES= for the CPU") as error:
+        runtime.pick_device(name)
     assert "previous-versions" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_auto_says_that_a_gpu_cannot_compute_before_it_takes_the_cpu(broken_gpu, flags, caplog):
-    assert runtime.pick_device("auto").type == "cpu"
-    assert "--device auto: using the CPU, because the GPU cannot be used" in caplog.text and "sm_75" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("vendor", "kind", "visible", "said"),
-    [
-        ("0x10de", "0x030200", None, True),
-        ("0x10de", "0x030000", "0", True),
-        ("0x10de", "0x040300", None, False),  # its sound
-        ("0x8086", "0x030000", None, False),  # another maker's
-        ("0x10de", "0x030200", "", False),  # hidden on purpose
-    ],
-)
-def test_auto_says_that_torch_cannot_use_the_gpu_there_is(tmp_path, monkeypatch, flags, caplog, vendor, kind, visible, said):
-    (tmp_path / "0000:01:00.0").mkdir()
-    (tmp_path / "0000:01:00.0" / "vendor").write_text(f"{vendor}\n")
-    (tmp_path / "0000:01:00.0" / "class").write_text(f"{kind}\n")
-    monkeypatch.setattr(runtime, "PCI_DEVICES", tmp_path)
+def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(torch.version, "cuda", None)
     assert runtime.pick_device("auto").type == "cpu"
-    assert ("built for CPUs only" in caplog.text) == said
 
 
 @pytest.mark.parametrize(
@@ -256,22 +231,15 @@ def test_auto_says_that_torch_cannot_use_the_gpu_there_is(tmp_path, monkeypatch,
 )
 def test_a_busy_gpu_is_no_reason_to_train_on_the_cpu(broken_gpu, flags, monkeypatch, error):
     monkeypatch.setattr(torch, "ones", lambda *_, **__: (_ for _ in ()).throw(error))
-    with pytest.raises(ValueError, match="in use by other processes"):
+    with pytest.raises(ValueError, match=r"--device cuda: .*(out of memory|busy)") as message:
         runtime.pick_device("auto")
+    assert "\n" not in str(message.value)
 
 
-def test_one_process_of_many_does_not_take_the_cpu_alone(broken_gpu, flags, monkeypatch):
-    """The others would wait for it on their GPUs."""
+def test_each_process_of_many_takes_its_own_gpu(broken_gpu, flags, monkeypatch):
     started_by_torchrun(monkeypatch, LOCAL_RANK=1)
     with pytest.raises(ValueError, match="--device cuda:1: "):
         runtime.pick_device("auto")
-    monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(ValueError, match="--device cuda:5: this process sees 2 GPUs"):
-        runtime.pick_device("auto")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(runtime, "_nvidia_gpu_present", lambda: True)
-    assert runtime.pick_device("auto").type == "cpu"  # as do all
 
 
 @pytest.mark.parametrize(("cores", "processes", "expected"), [(2, None, 2), (64, None, 16), (64, "8", 8), (2, "4", 1)])
@@ -304,12 +272,9 @@ def test_training_rounds_to_tf32_and_evaluation_does_not(pair, tmp_path, monkeyp
     assert seen == [True, True, False]
 
 
-def test_a_card_without_bf16_trains_in_fp32_and_says_so(monkeypatch, caplog):
-    caplog.set_level("INFO")
+def test_a_card_without_bf16_trains_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Old Card")
     assert runtime.pick_precision("auto", torch.device("cuda")) == "fp32"
-    assert "fp32, because Old Card has no bf16" in caplog.text
     assert runtime.pick_precision("bf16", torch.device("cuda")) == "bf16"
 
 

@@ -171,6 +171,13 @@ def test_a_row_is_in_percent_with_empty_cells_for_absent_classes():
     assert {name: cell for name, cell in row.items() if cell != ""} == expected
 
 
+def test_frames_resize_the_image_and_keep_the_labels_size(run):
+    frame = data.list_frames(run.parent / "frames")[1]
+    image, label = evaluate.Frames([frame], 30)[0]
+    assert torch.equal(image, data.resize_to_width(data.load_image(frame.image), 30)) and image.shape == (3, 15, 30)
+    assert torch.equal(label, data.load_label(frame.label)) and label.shape == (24, 48)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A data set of two frames in the GTA5 layout, and a run whose network predicts road everywhere."""
@@ -264,12 +271,9 @@ ROW = dict.fromkeys((*evaluate.COLUMNS, *data.CLASS_NAMES), 1.0) | {"model": "CU
         "[1]",
         '{"frames"',
         '{"frames": ""}',
-        '{"row": 1}',
-        '{"row": {"model": "CUT"}}',
-        json.dumps({"row": ROW | {"mIoU": "1.00"}}),
     ],
 )
-def test_an_evaluation_that_is_damaged_or_foreign_is_refused_by_name(call, run, content):
+def test_an_evaluation_that_is_damaged_is_refused_by_name(call, run, content):
     (run / "evaluation.json").write_text(content)
     with pytest.raises(ValueError, match=r"evaluation\.json: "):
         call("--skip-done")

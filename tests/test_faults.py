@@ -218,7 +218,7 @@ def test_a_full_disk_costs_no_work(pair, tmp_path):
     stopped = [*words, "--out", tmp_path / "b"]
     full = limited(64, "train_translator.py", *stopped)
     needed = (tmp_path / "a" / "checkpoint.pt").stat().st_size
-    assert_one_line(full, "checkpoint.pt", "bytes are more than ulimit -f allows")
+    assert_one_line(full, "checkpoint.pt", "File too large")
     assert needed > 2**20 and not list((tmp_path / "b").glob("*checkpoint*"))
     assert script("train_translator.py", *stopped).returncode == 0
     assert_same_outputs(tmp_path / "a", tmp_path / "b")
@@ -238,7 +238,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_all_frames(pair, tmp
     lost = sorted((tmp_path / "b" / "images").iterdir())[2]
     lost.unlink()
     full = limited(4, "translate_dataset.py", *words, "--out", tmp_path / "b")
-    assert_one_line(full, lost.stem, "bytes are more than ulimit -f allows")
+    assert_one_line(full, lost.stem, "File too large")
     assert call(monkeypatch, translate_dataset, [*words, "--out", tmp_path / "b"]) == 0
     assert_same_outputs(tmp_path / "a", tmp_path / "b")
 
@@ -337,10 +337,22 @@ def test_other_data_are_refused(started, pair, monkeypatch, capsys, tmp_path):
     assert "frames of --source (was 4 frames, " in capsys.readouterr().err
 
 
+def test_a_repaired_file_does_not_end_an_unfinished_run(pair, tmp_path, monkeypatch, caplog):
+    shutil.copytree(pair / "source", tmp_path / "s")
+    module, words = stage("cut", pair)
+    words[words.index("--source") + 1] = tmp_path / "s"
+    words += ["--iterations", 2, "--workers", 0, "--out", tmp_path / "run"]
+    assert call(monkeypatch, module, words, stop_after=1) == 143
+    with open(tmp_path / "s" / "images" / "00001.png", "ab") as file:
+        file.write(b"more")
+    assert call(monkeypatch, module, words) == 0
+    assert "content of --source has changed" in caplog.text and "--target" not in caplog.text
+
+
 def test_a_run_of_another_stage_is_refused(started, pair, monkeypatch, capsys, tmp_path):
     module, words = stage("segmenter", pair)
     assert call(monkeypatch, module, [*words, "--out", tmp_path / "run"]) == 2
-    assert "belongs to a run of train_translator.py" in capsys.readouterr().err
+    assert "the script (was train_translator.py, is now train_segmenter.py)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -459,7 +471,7 @@ def test_a_state_that_is_not_finite_is_never_saved(pair, tmp_path, monkeypatch, 
     monkeypatch.setattr(train_translator.ContrastiveTranslation, "step", poisoned)
     assert call(monkeypatch, module, words) == 1
     name = "H.heads.4.2.weight" if part == "parameter" else "opt_D.state.1.exp_avg"
-    assert f"state {name} not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert f"{name} not finite" in capsys.readouterr().err.splitlines()[-1]
     assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["iteration"] == 2
 
 
@@ -520,7 +532,7 @@ def test_nothing_is_written_into_a_data_set(pair, tmp_path, monkeypatch, capsys,
     assert call(monkeypatch, module, [*words, "--out", tmp_path / "a", "--cache", pair / "target" / inside]) == 2
     assert "--cache" in capsys.readouterr().err and sorted(pair.rglob("*")) == before
     assert call(monkeypatch, module, [*words, "--out", tmp_path / "a", "--cache", __file__]) == 2
-    assert "a folder is needed" in capsys.readouterr().err
+    assert f"File exists: '{__file__}'" in capsys.readouterr().err
 
 
 # --- by hand: minutes

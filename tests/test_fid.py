@@ -1,6 +1,5 @@
 """fid.py: the distance compared with other formulas, the network with pytorch-fid's, files, and the command line."""
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -315,12 +314,10 @@ def test_a_truncated_image_is_named(folders, network):
         fid.statistics(folders[0], network)
 
 
-@pytest.mark.parametrize(("limit", "refused"), [(1200, False), (1199, True), (None, False)])
-def test_images_above_pillows_limit_are_refused(folders, network, monkeypatch, limit, refused):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # the images have 40 x 30 pixels
-    with pytest.raises(ValueError, match=r"0\.png.*MAX_IMAGE_PIXELS") if refused else contextlib.nullcontext():
-        with pytest.warns(Image.DecompressionBombWarning) if refused else contextlib.nullcontext():
-            fid.statistics(folders[0], network)
+def test_decompression_bombs_are_refused(folders, network, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)  # Pillow refuses twice as many; the images have 40 x 30
+    with pytest.raises(ValueError, match=r"0\.png.*decompression bomb"):
+        fid.statistics(folders[0], network)
 
 
 def test_photographs_are_turned_by_their_exif_tag(folders, network):
@@ -502,15 +499,6 @@ def test_a_fifo_is_refused(folders):
         fid.find_images(folders[0])
 
 
-def test_under_torchrun_it_refuses(folders, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    status, out, err = call(monkeypatch, capsys, *folders)
-    assert status == 2 and out == "" and "torchrun" in err and err.count("\n") == 1
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert call(monkeypatch, capsys, *folders)[0] == 0
-
-
 @pytest.fixture
 def wrong(folders, tmp_path):
     """A folder with one of every wrong input."""
@@ -553,8 +541,6 @@ def wrong(folders, tmp_path):
         (["a", "b", "--weights", "text.pth"], "text.pth"),
         (["a", "b", "--weights", "other.pth"], "other.pth"),
         (["a", "b", "--weights", "list.pth"], "list.pth"),
-        (["a", "b", "--out", "new.csv"], "--out"),
-        (["a", "b", "--save", "statistics"], "--save"),
         (["a", "b", "--exclude", "gone"], "gone"),
     ],
 )

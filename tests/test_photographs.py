@@ -148,7 +148,8 @@ def test_predictions_of_other_photographs_are_not_taken_for_these(photos, run, t
 def test_linked_folders_are_followed_once(photos, tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "deep").symlink_to(photos / "deep")
-    (tmp_path / "linked" / "loop").symlink_to(tmp_path / "linked")
+    for name in ("loop", "loop2"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "linked")
     names = [frame.name for frame in data.list_frames(tmp_path / "linked", labelled=False)]
     assert sorted(names) == ["deep/a", "deep/er/é"]
 

@@ -16,6 +16,7 @@ from commands import MEASURED, ROOT, assert_same_outputs, run, script, table
 from PIL import Image
 
 import data
+import evaluate
 import fid
 import models
 import report
@@ -256,7 +257,7 @@ def lively_segmenter(everything, pair, tmp_path):
     """A run whose network, unlike one of two steps, predicts many classes: large weights, fresh statistics, no favourites."""
     shutil.copytree(everything[0] / "segmenters" / "oracle", tmp_path / "lively")
     network = models.load_network(tmp_path / "lively" / "weights.pt").train()
-    frames = data.Frames(data.list_frames(pair / "target", "val"), 128)
+    frames = evaluate.Frames(data.list_frames(pair / "target", "val"), 128)
     photos = torch.stack([data.to_unit(frames[i][0]) for i in range(2)])
     with torch.no_grad():
         for _ in range(20):
