@@ -65,19 +65,19 @@ def write_page(out):
     overlays = {path: str(path.relative_to(results)) for path in sorted(results.glob("predictions/**/*_overlay.jpg"))}
     page = PAGE.substitute(
         name=escape(out.resolve().name),
-        state="".join(f"<dt>{what}</dt><dd>{escape(names)}</dd>" for what, names in state(out, runs, logs).items()),
-        tables="".join(table(files.read_csv(path), caption) for path, caption in made.items() if path.suffix == ".csv"),
-        figures="".join(picture(path, caption) for path, caption in made.items() if path.suffix == ".png"),
-        predictions="".join(picture(path, caption) for path, caption in overlays.items()),
-        samples="".join(picture(path, f"{name}, step {int(path.stem)}") for name, path in sorted(newest.items())),
-        charts="".join(chart(str(run.relative_to(out)), rows) for run, rows in logs.items() if rows),
-        versions=table(versions, "The finished runs, and what they were finished with.", ranked=False) if versions else "",
-        commands="".join(f"<pre>{command(args)}</pre>" for args in runs.values()),
+        state="".join(f"<dt>{what}</dt><dd>{escape(names)}</dd>" for what, names in _state(out, runs, logs).items()),
+        tables="".join(_table(files.read_csv(path), caption) for path, caption in made.items() if path.suffix == ".csv"),
+        figures="".join(_picture(path, caption) for path, caption in made.items() if path.suffix == ".png"),
+        predictions="".join(_picture(path, caption) for path, caption in overlays.items()),
+        samples="".join(_picture(path, f"{name}, step {int(path.stem)}") for name, path in sorted(newest.items())),
+        charts="".join(_chart(str(run.relative_to(out)), rows) for run, rows in logs.items() if rows),
+        versions=_table(versions, "The finished runs, and what they were finished with.", ranked=False) if versions else "",
+        commands="".join(f"<pre>{_command(args)}</pre>" for args in runs.values()),
     )
     files.write_whole(results / "index.html", page.encode(errors="backslashreplace"))
 
 
-def state(out, runs, logs):
+def _state(out, runs, logs):
     """What each stage has made, with the progress of unfinished runs, and which tables and figures are missing."""
     made = {"train_translator.py": [], "translate_dataset.py": [], "train_segmenter.py": [], "adapt_features.py": []}
     for run, args in runs.items():
@@ -94,7 +94,7 @@ def state(out, runs, logs):
     return {what: ", ".join(names) or "none" for what, names in lines.items()}
 
 
-def table(rows, caption, ranked=True):
+def _table(rows, caption, ranked=True):
     """Rows (dicts with the same keys) as a table that scrolls sideways. ranked: mark the best number of each column."""
     first, *columns = rows[0]
     candidates = [row for row in rows if ranked and row[first] not in NOT_RANKED]
@@ -110,7 +110,7 @@ def table(rows, caption, ranked=True):
     return f'<figure><figcaption>{caption}</figcaption><div class="box"><table><tr>{"<tr>".join(lines)}</table></div></figure>'
 
 
-def picture(path, caption):
+def _picture(path, caption):
     """A picture as a figure that embeds it as a JPEG."""
     image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
     image.thumbnail((1280, 1920))
@@ -119,7 +119,7 @@ def picture(path, caption):
     return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def chart(name, rows):
+def _chart(name, rows):
     """The losses in the rows of a log.csv as an SVG line chart. The first row is the mean of all steps from 0 on."""
     losses, lines, legend = {}, "", ""
     for column in [column for column in rows[0] if column not in NOT_LOSSES]:
@@ -139,7 +139,7 @@ def chart(name, rows):
 step {last}</text></svg><figcaption><b>{escape(name)}</b>{legend}</figcaption></figure>"""
 
 
-def command(args):
+def _command(args):
     """The command line of a run, from its args.json without what does not change the result. Lines break between arguments."""
     pieces = [("python " if args["processes"] == 1 else f"torchrun --nproc-per-node={args['processes']} ") + args["script"]]
     for key, value in args.items():
