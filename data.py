@@ -372,11 +372,12 @@ class Crops(torch.utils.data.Dataset):
 
     A sample is a frame resized to `width`, cropped to `crop` (height, width), flipped with probability 1/2: (3, h, w) uint8
     and, if `labelled`, (h, w) uint8 train ids. For two domains, use a torch.utils.data.StackDataset of two Crops with
-    different `stream`: each is shuffled separately, and the shorter one repeats.
+    different `stream`: each is shuffled separately, and the shorter one repeats. transfer: a function (name, image) -> image
+    that is applied before cropping, e.g. colours.ColourTransfer.
     """
 
-    def __init__(self, frames, width, crop, length, seed=0, stream=0, labelled=False, cache=None):
-        self.frames, self.width, self.length, self.labelled = frames, width, length, labelled
+    def __init__(self, frames, width, crop, length, seed=0, stream=0, labelled=False, cache=None, transfer=None):
+        self.frames, self.width, self.length, self.labelled, self.transfer = frames, width, length, labelled, transfer
         self.seed, self.stream, self.cache, self.classes = seed, stream, cache, frames.classes
         self.augment = v2.Compose([v2.RandomCrop(crop), v2.RandomHorizontalFlip()])
 
@@ -391,6 +392,8 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, k):
         frame = self.frame(k)
         sample = [load_at_width(frame.image, self.width, cache=self.cache)]
+        if self.transfer:
+            sample = [tv_tensors.Image(self.transfer(frame.name, sample[0].as_subclass(torch.Tensor)))]
         if self.labelled:
             sample.append(load_at_width(frame.label, self.width, partial(load_label_ids, classes=self.classes), self.cache))
         with torch.random.fork_rng(devices=[]):  # the transforms use torch's global generator

@@ -146,15 +146,16 @@ class ResnetGenerator(nn.Module):
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
+    With `residual` (ours) the last layer is added to the input before the tanh: the generator begins close to the identity.
     """
 
-    def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False):
+    def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False, residual=False):
         super().__init__()
         if n_blocks < 5:
             raise ValueError(f"n_blocks is {n_blocks}: must be 5 or more, because PatchNCE uses the fifth residual block")
         self.arguments = dict(in_channels=in_channels, out_channels=out_channels, base_channels=base_channels,
-                              n_blocks=n_blocks, antialias=antialias)  # fmt: skip
-        c = base_channels
+                              n_blocks=n_blocks, antialias=antialias, residual=residual)  # fmt: skip
+        self.residual, c = residual, base_channels
         self.feature_channels = (in_channels, 2 * c, 4 * c, 4 * c, 4 * c)
         stride, pool = (1, Downsample) if antialias else (2, nn.Identity)
         upsample = UpsampleConv2d if antialias else partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1)
@@ -183,13 +184,16 @@ class ResnetGenerator(nn.Module):
         return [x, down1, down2, block1, self.blocks[1:5](block1)]
 
     def decode(self, features):
-        """The five feature maps -> image. Only the last map is used, and the size of the first."""
+        """The five feature maps -> image. Only the last map is used, and the first one's size or, if residual, its pixels."""
         height, width = features[0].shape[-2:]
         x = self.blocks[5:](features[-1])
         # Explicit output sizes: with a fixed output padding, odd sizes would come out shifted or cropped.
         x = self.up1_norm(self.up1(x, output_size=((height + 1) // 2, (width + 1) // 2)))
         x = self.up2_norm(self.up2(x, output_size=(height, width)))
-        return torch.tanh(self.head(x))
+        x = self.head(x)
+        if self.residual:
+            x = x + torch.atanh(0.98 * features[0])  # 0.98: finite where the input is black or white
+        return torch.tanh(x)
 
     def forward(self, x, return_features=False):
         features = self.encode(x)
@@ -380,14 +384,17 @@ class FeatureDiscriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(width, 1, 1))
 
 
-def network_state(network, width, classes=None):
-    """Content of weights.pt for a ResnetGenerator or a UNet. width: of its training frames, in pixels; classes: their table."""
-    kind, state = type(network).__name__, network.state_dict()
-    return dict(network=kind, arguments=network.arguments, state_dict=state, width=width, classes=classes)
+def network_state(network, width, classes=None, colours=None):
+    """Content of weights.pt for a ResnetGenerator or a UNet.
+
+    width: of its training frames, in pixels; classes: their table; colours: state of the ColourTransfer that they went through.
+    """
+    extras = dict(width=width, classes=classes, colours=colours)
+    return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), **extras)
 
 
 def load_network(path, expected=None, device="cpu"):
-    """Load a network in eval mode from a run or its weights.pt; network.width and .classes are as given to `network_state`.
+    """Load a network in eval mode from a run or its weights.pt; its width, classes and colours are as in `network_state`.
 
     expected: ResnetGenerator or UNet, if the file must hold that class. Raises OSError if the file cannot be read, and
     ValueError naming it if it holds another class or no network. Executes no code from it (`weights_only`).
@@ -398,7 +405,7 @@ def load_network(path, expected=None, device="cpu"):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             network = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]](**saved["arguments"])
             network.load_state_dict(saved["state_dict"])
-            network.width, network.classes = saved["width"], saved.get("classes")
+            network.width, network.classes, network.colours = saved["width"], saved.get("classes"), saved.get("colours")
         except Exception as error:  # a damaged file can raise any type
             raise ValueError(f"{path}: not the weights.pt of a finished run, or too old ({type(error).__name__})") from error
     if expected is not None and not isinstance(network, expected):

@@ -11,6 +11,7 @@ the paper does not name, are Zhu et al.'s. The same command resumes an unfinishe
 import torch
 from torch.utils.data import StackDataset
 
+import colours
 import data
 import models
 import runtime
@@ -33,6 +34,8 @@ def parse_args(words=None):
     add("--method", required=True, choices=("cyclegan", *VARIANTS))
     add("--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)")
     add("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")
+    text = "start from the colour transfer: frames get a random target photograph's colours first, and G adds to them (ours)"
+    add("--colour-transfer", action="store_true", help=text)
     add("--gan-loss", choices=("lsgan", "vanilla"), default="lsgan", help="form of equation 1 (default lsgan)")
     add("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
     add("--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)")
@@ -68,7 +71,7 @@ class ContrastiveTranslation:
     def __init__(self, args, device):
         self.args = args
         options = dict(base_channels=args.base_channels, antialias=args.antialias)
-        self.G = _on(device, models.ResnetGenerator(**options))
+        self.G = _on(device, models.ResnetGenerator(**options, residual=args.colour_transfer))
         self.D = _on(device, models.PatchDiscriminator(**options))
         self.H = _on(device, models.PatchProjector(self.G.feature_channels))
         self.opt_G = adam([*self.G.parameters(), *self.H.parameters()], lr=args.lr, betas=BETAS)
@@ -130,7 +133,8 @@ class CycleTranslation:
     def __init__(self, args, device):
         self.args = args
         options = dict(base_channels=args.base_channels, antialias=args.antialias)
-        self.G, self.G_back = (_on(device, models.ResnetGenerator(**options)) for _ in range(2))
+        generators = (models.ResnetGenerator(**options, residual=args.colour_transfer) for _ in range(2))
+        self.G, self.G_back = (_on(device, generator) for generator in generators)
         self.D_y, self.D_x = (_on(device, models.PatchDiscriminator(**options)) for _ in range(2))
         self.opt_G = adam([*self.G.parameters(), *self.G_back.parameters()], lr=args.lr, betas=BETAS)
         self.opt_D = adam([*self.D_y.parameters(), *self.D_x.parameters()], lr=args.lr, betas=BETAS)
@@ -231,11 +235,16 @@ def main():
         return
     torch.manual_seed(args.seed)
     translation = (CycleTranslation if args.method == "cyclegan" else ContrastiveTranslation)(args, run.device)
-    run.restore(lambda: models.network_state(translation.G, args.width), **translation.state)
+    transfer = state = None
+    if args.colour_transfer:
+        transfer = colours.ColourTransfer(colours.photograph_statistics(target, args.width), args.seed)
+        state = transfer.state()
+    run.restore(lambda: models.network_state(translation.G, args.width, colours=state), **translation.state)
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
     dataset = StackDataset(
-        data.Crops(source, *crops, stream=0, cache=args.cache), data.Crops(target, *crops, stream=1, cache=args.cache)
+        data.Crops(source, *crops, stream=0, cache=args.cache, transfer=transfer),
+        data.Crops(target, *crops, stream=1, cache=args.cache),
     )
     layout, autocast = translator_layout(run.device), runtime.autocast(run.device, args.precision)
     step = GraphedStep(lambda x, y: translation.step(x, y, autocast), run.device)

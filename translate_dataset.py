@@ -11,14 +11,14 @@ interrupted run.
 
 import itertools
 import logging
-from functools import cache
+from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+import colours
 import data
 import files
 import loading
@@ -27,6 +27,9 @@ import runtime
 
 log = logging.getLogger("translate_dataset")
 WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU translates faster than one of them encodes
+# A function on images (B, 3, h, w) uint8, the ColourTransfer that they go through first or None, the width in pixels that both
+# work at, and a text that changes with what they compute.
+Translator = namedtuple("Translator", "translate transfer width content")
 
 
 def parse_args():
@@ -53,10 +56,13 @@ def parse_args():
 
 
 class ResizedPairs(Dataset):
-    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`."""
+    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`.
 
-    def __init__(self, frames, width, classes):
-        self.frames, self.width, self.classes = frames, width, classes
+    transfer: a colours.ColourTransfer that the image goes through, or None.
+    """
+
+    def __init__(self, frames, width, classes, transfer):
+        self.frames, self.width, self.classes, self.transfer = frames, width, classes, transfer
 
     def __len__(self):
         return len(self.frames)
@@ -66,40 +72,13 @@ class ResizedPairs(Dataset):
 
     def __getitem__(self, i):
         frame = self.frames[i]
-        image = data.resize_to_width(data.load_image(frame.image), self.width)
+        image = data.load_at_width(frame.image, self.width).as_subclass(torch.Tensor)
+        if self.transfer:
+            image = self.transfer(frame.name, image)
         if frame.label is None:
-            return frame.name, image.as_subclass(torch.Tensor), None
+            return frame.name, image, None
         ids = data.resize_to_width(data.load_label_ids(frame.label, self.classes), self.width)
-        return frame.name, image.as_subclass(torch.Tensor), ids.as_subclass(torch.Tensor)
-
-
-class ColourTransfer:
-    """The colour transfer of Reinhard et al. 2001, a control for trained translators.
-
-    Called with a frame's name and image (3, H, W) uint8, it gives the image the mean and deviation, in each channel of their
-    decorrelated colour space, of a photograph that is drawn by seed and name.
-    """
-
-    RGB_TO_LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
-    LMS_TO_LAB = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / torch.tensor([3, 6, 2]).sqrt()[:, None]
-
-    def __init__(self, photographs, width, seed):
-        self.photographs, self.width, self.seed = photographs, width, seed
-        self.statistics = cache(self.statistics)
-
-    def to_lab(self, image):
-        return self.LMS_TO_LAB @ (self.RGB_TO_LMS @ image.flatten(1).clamp(min=1).float()).log10()
-
-    def statistics(self, i):
-        lab = self.to_lab(data.load_at_width(self.photographs[i].image, self.width))
-        return lab.mean(1, keepdim=True), lab.std(1, keepdim=True)
-
-    def __call__(self, name, image):
-        draw = np.random.default_rng((self.seed, *name.encode(errors="surrogateescape"))).integers(len(self.photographs))
-        lab, (mean, deviation) = self.to_lab(image), self.statistics(int(draw))
-        lab = (lab - lab.mean(1, keepdim=True)) / lab.std(1, keepdim=True).clamp(min=1e-4) * deviation + mean
-        rgb = self.RGB_TO_LMS.inverse() @ 10 ** (self.LMS_TO_LAB.inverse() @ lab)
-        return rgb.round().clamp(0, 255).to(torch.uint8).view_as(image)
+        return frame.name, image, ids.as_subclass(torch.Tensor)
 
 
 @torch.inference_mode()
@@ -151,7 +130,7 @@ def finished_names(args):
     return set.intersection(*names)
 
 
-def translate_batches(translator, batches, classes, width, args):
+def translate_batches(translator, batches, classes, args):
     """Translate batches of frames and write images and labels; threads encode the PNGs while the translator continues."""
     frames = [frame for batch in batches for frame in batch]
     starts = itertools.accumulate(map(len, batches), initial=0)
@@ -171,28 +150,26 @@ def translate_batches(translator, batches, classes, width, args):
         loading.progress(len(frames), args.out) as bar,
         files.writers(WRITERS) as submit,
     ):
-        pairs = ResizedPairs(frames, width, classes)
+        pairs = ResizedPairs(frames, translator.width, classes, translator.transfer)
         for batch in loading.batches(pairs, indices, args.workers, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
-                for pair in zip(names, translator(names, images).permute(0, 2, 3, 1), labels, strict=True):
-                    submit(write, *pair)
+                translated = translator.translate(torch.stack(images)).permute(0, 2, 3, 1)
+                for translation in zip(names, translated, labels, strict=True):
+                    submit(write, *translation)
             bar.update(len(batch))
 
 
 def load_translator(args, exclude, device, precision):
-    """-> (translator, the width in pixels that it works at, a hash of what it depends on).
-
-    translator(names, images): B names and B images (3, h, w) uint8 -> (B, 3, h, w) uint8 on the CPU.
-    """
+    """--translator or --colours-of -> Translator."""
     if args.colours_of:
         photographs = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude)
-        transfer = ColourTransfer(photographs, args.width, args.seed)
-        content = f"{photographs.fingerprint()}, seed {args.seed}"
-        return lambda names, images: torch.stack([*map(transfer, names, images)]), args.width, content
+        transfer = colours.ColourTransfer(colours.photograph_statistics(photographs, args.width), args.seed)
+        return Translator(lambda images: images, transfer, args.width, f"{photographs.fingerprint()}, seed {args.seed}")
     weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
     G = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
-    return lambda _, images: translate(G, torch.stack(images).to(device), autocast).cpu(), G.width, files.digest(weights)
+    transfer = colours.ColourTransfer(**G.colours) if G.colours else None
+    return Translator(lambda images: translate(G, images.to(device), autocast).cpu(), transfer, G.width, files.digest(weights))
 
 
 def main():
@@ -205,8 +182,8 @@ def main():
         frames = data.list_frames(args.source[0], args.split, exclude=exclude)
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     precision = runtime.pick_precision(args.precision, device)
-    translator, width, content = load_translator(args, exclude, device, precision)
-    data.check_frames(frames, width)
+    translator = load_translator(args, exclude, device, precision)
+    data.check_frames(frames, translator.width)
 
     runtime.join_processes(device)
     if runtime.is_first():
@@ -215,8 +192,8 @@ def main():
         "script": "translate_dataset.py",
         "frames_of_source": frames.fingerprint(),
         "content_of_source": frames.content(),
-        "width": width,
-        "weights": content,
+        "width": translator.width,
+        "weights": translator.content,
         "unlabelled": args.unlabelled,
         "batch_size": args.batch_size,
         "precision": precision,
@@ -232,7 +209,7 @@ def main():
     where = runtime.describe(device, settings["precision"])
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
     if own:
-        translate_batches(translator, own, frames.classes, width, args)
+        translate_batches(translator, own, frames.classes, args)
     runtime.barrier()
     if count == len(frames):
         print(f"{args.out}: finished")

@@ -36,8 +36,10 @@ def stage(kind, pair, segmenter=None):
         words = ["--data", pair / "source", "--encoder", "efficientnet-b0", "--encoder-weights", "none"]
         return train_segmenter, [*words, "--freeze-iterations", 2, "--batch-size", 2, *SMALL]
     if kind == "adaptation":
-        return adapt_features, [*domains, "--segmenter", segmenter, "--gate", 0, "--batch-size", 2, *SMALL]
-    return train_translator, [*domains, "--method", kind, "--base-channels", 4, *SMALL]
+        words = ["--segmenter", segmenter, "--gate", 0, "--head-start", 2, "--batch-size", 2]
+        return adapt_features, [*domains, *words, *SMALL]
+    method = ["fastcut_l5", "--colour-transfer"] if kind == "colours" else [kind]
+    return train_translator, [*domains, "--method", *method, "--base-channels", 4, *SMALL]
 
 
 def call(monkeypatch, module, words, stop_after=None, signals=("SIGTERM",)):
@@ -76,7 +78,13 @@ def segmenter(pair, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "workers", "precision"),
     [(kind, 0, "fp32") for kind in ("cut", "fastcut", "fastcut_l5", "cyclegan", "segmenter", "adaptation")]
-    + [("cut", 2, "fp32"), ("segmenter", 2, "bf16"), ("cyclegan", 0, "bf16"), ("adaptation", 0, "bf16")],
+    + [
+        ("colours", 2, "fp32"),
+        ("cut", 2, "fp32"),
+        ("segmenter", 2, "bf16"),
+        ("cyclegan", 0, "bf16"),
+        ("adaptation", 0, "bf16"),
+    ],
 )
 def test_a_run_stopped_after_every_step_ends_as_one_never_stopped(
     pair, segmenter, tmp_path, monkeypatch, kind, workers, precision

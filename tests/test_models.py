@@ -61,14 +61,14 @@ def interpolated(x):
     return torch.stack([x, (x + below) / 2], -2).flatten(-3, -2)
 
 
-@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize(("antialias", "residual"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("batch", "size"), [(1, (24, 32)), (2, (25, 34)), (1, (27, 23))])
-def test_generator_and_its_features_are_their_formula(batch, size, antialias):
+def test_generator_and_its_features_are_their_formula(batch, size, antialias, residual):
     """Zhu et al. 2017: c7s1-64, d128, d256, 9 x R256, u128, u64, c7s1-3. Parameters come in the order in which they are used.
 
     Features, Park et al. 2020: pixels, both downsampling convolutions before their norm, first and fifth residual block.
     """
-    generator = models.ResnetGenerator(base_channels=4, antialias=antialias).double()
+    generator = models.ResnetGenerator(base_channels=4, antialias=antialias, residual=residual).double()
     parameters = iter(generator.parameters())
 
     def conv(x, pad):
@@ -94,7 +94,7 @@ def test_generator_and_its_features_are_their_formula(batch, size, antialias):
             y = F.conv_transpose2d(y, weight, bias, stride=2, padding=1, output_padding=1)[..., :height, :width]
         y = normalised(y).relu()
     image, found = generator(x, return_features=True)
-    torch.testing.assert_close(image, conv(y, 3).tanh())
+    torch.testing.assert_close(image, (conv(y, 3) + (0.98 * x).atanh() * residual).tanh())
     torch.testing.assert_close(found, features)
     assert not list(parameters)
 

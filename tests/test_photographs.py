@@ -11,6 +11,7 @@ import torch
 from commands import script, table
 from PIL import Image
 
+import colours
 import data
 import models
 
@@ -110,6 +111,25 @@ def test_the_colour_transfer_is_reinhard_et_als(photos, tmp_path):
             moved = (source - moments[0][0]) / moments[0][1] * moments[1][1] + moments[1][0]
             distances.append(np.abs(np.linalg.inv(lms) @ 10 ** (np.linalg.inv(mix) @ moved) - found).clip(0, 255).mean())
         assert min(distances) < 5 and len(distances) == 2  # values outside of 0 to 255 are clipped
+
+
+def test_a_translator_that_starts_from_the_colour_transfer(photos, tmp_path):
+    """Stage 2 applies what is in weights.pt: the transfer to the target's colours, then G, which adds to it."""
+    words = ["--method", "fastcut_l5", "--colour-transfer", "--base-channels", 4, "--width", 48, "--crop-size", 32]
+    words += ["--iterations", 2, "--device", "cpu", "--seed", 3, "--source", photos, "--target", photos / "deep"]
+    assert script("train_translator.py", *words, "--out", tmp_path / "t").returncode == 0
+    words = ["--unlabelled", "--source", photos, "--translator", tmp_path / "t", "--device", "cpu", "--precision", "fp32"]
+    assert script("translate_dataset.py", *words, "--out", tmp_path / "u").returncode == 0
+    G = models.load_network(tmp_path / "t")
+    targets = data.list_frames(photos / "deep", labelled=False)
+    transfer = colours.ColourTransfer(colours.photograph_statistics(targets, 48), seed=3)
+    for frame in data.list_frames(photos, labelled=False):
+        matched = transfer(frame.name, data.load_at_width(frame.image, 48).as_subclass(torch.Tensor))
+        with torch.inference_mode():
+            expected = ((G(data.to_signed(matched)[None])[0] + 1) * 127.5).round().clamp(0, 255)
+        found = data.load_image(tmp_path / "u" / "images" / f"{frame.name}.png").float()
+        assert (found - expected).abs().max() <= 1  # channels_last may round differently
+        assert (found - matched).abs().mean() < 20  # after two steps
 
 
 def test_predictions_are_palette_images_of_label_ids(photos, run, tmp_path):
