@@ -372,8 +372,7 @@ def efficientnet(name, weights=None):
 class FeatureDiscriminator(nn.Sequential):
     """D_feat of stage 4: (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source.
 
-    1x1 convolutions with Dropout2d after the hidden layers, as in Hoffman et al. 2018 (who have 512, 256 and 2 channels, and
-    ReLU).
+    1x1 convolutions and Dropout2d, as in Hoffman et al. 2018; width and LeakyReLU are ours (theirs: 512-256-2, ReLU).
     """
 
     def __init__(self, in_channels, width=256, dropout=0.5):
@@ -385,10 +384,8 @@ class FeatureDiscriminator(nn.Sequential):
 
 
 def network_state(network, width, classes=None, colours=None):
-    """Content of weights.pt for a ResnetGenerator or a UNet.
-
-    width: of its training frames, in pixels; classes: their table; colours: state of the ColourTransfer that they went through.
-    """
+    """Content of weights.pt: a ResnetGenerator or a UNet, the width in pixels and the table of classes of its training frames,
+    and the state of the ColourTransfer that they went through."""
     extras = dict(width=width, classes=classes, colours=colours)
     return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), **extras)
 

@@ -9,7 +9,7 @@
 #
 # Run again, it skips what is finished and resumes what is not. Variables, all optional:
 #   SETTINGS           paper or demo (demo without SOURCE and TARGET, paper with them)
-#   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/small)
+#   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/quick)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 colour (default: cyclegan cut fastcut_l5)
 #                      colour is a control: colour statistics of the target's photographs, without training
 #   ORACLE             no: leave out the Oracle and table 3 (yes; needs labels of the target, as scores do)
@@ -87,10 +87,10 @@ if [ -z "${SOURCE:-}${TARGET:-}" ]; then
 else
     [ -n "${SOURCE:-}" ] && [ -n "${TARGET:-}" ] || fail "set both SOURCE and TARGET, or neither"
     SETTINGS=${SETTINGS:-paper}
-    if [ "$SETTINGS" = paper ]; then OUT=${OUT:-runs/paper}; else OUT=${OUT:-runs/small}; fi
+    if [ "$SETTINGS" = paper ]; then OUT=${OUT:-runs/paper}; else OUT=${OUT:-runs/quick}; fi
 fi
 case $SETTINGS in
-    demo) # everything smaller, for two cores in 20 minutes; every task model of table 2 gets as many steps as CLADA in all
+    demo) # everything smaller, for two cores in minutes; every task model of table 2 gets as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
         translate=450 segment=320 head_start=140 adapt=60 start=clada_start
         common=(--workers 0 --log-every 10)

@@ -65,7 +65,7 @@ def test_run_all_writes_every_table(everything):
     assert list(table1[0]) == ["model", "frechet_random_inception", *MEASURED]
     assert all(float(row["frechet_random_inception"]) >= 0 for row in table1)
     assert table1[0]["seconds_per_iteration"] == "" and float(table1[2]["seconds_per_iteration"]) > 0
-    models = ["Source Only", "CycleGAN", "FastCUT-L5", "control", "CLADA", "Oracle"]
+    models = ["Source Only", "CycleGAN", "FastCUT-L5", "control without target", "control", "CLADA", "Oracle"]
     assert [row["model"] for row in table2] == models
     assert list(table2[0]) == ["model", "mIoU", "fwIoU", "pixel_accuracy", *data.CLASS_NAMES]
     assert all(row["train"] == "" for row in table2)  # not in the truth
@@ -348,10 +348,13 @@ def test_the_demos_settings_on_given_data(pair, tmp_path):
     assert result.returncode == 0, result.stderr
     trained = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*ers/*/args.json")}
     steps = {name: args["iterations"] for name, args in trained.items() if "method" not in args}
-    assert steps["clada"] == steps["control"] and steps["clada_start"] > 0
-    assert {steps[name] for name in ("source_only", "fastcut_l5", "oracle")} == {steps["clada_start"] + steps["clada"]}
+    assert steps["clada"] == steps["control"] == steps["no_target"] and steps["clada_start"] > 0
+    head_start = trained["clada"]["head_start"]
+    assert {steps[name] for name in ("source_only", "fastcut_l5", "oracle")} == {
+        steps["clada_start"] + steps["clada"] - head_start
+    }
     assert trained["clada"]["segmenter"] == trained["control"]["segmenter"] == str(tmp_path / "segmenters" / "clada_start")
-    models = ["Source Only", "FastCUT-L5", "control", "CLADA", "Oracle"]
+    models = ["Source Only", "FastCUT-L5", "control without target", "control", "CLADA", "Oracle"]
     assert [row["model"] for row in table(tmp_path / "results" / "table2.csv")] == models
 
 
