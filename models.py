@@ -146,7 +146,7 @@ class ResnetGenerator(nn.Module):
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
-    With `residual` (ours) the last layer is added to the input before the tanh: the generator begins close to the identity.
+    With `residual` (ours) the last layer adds to the input, before the tanh, and begins at zero: the generator as the identity.
     """
 
     def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False, residual=False):
@@ -173,6 +173,8 @@ class ResnetGenerator(nn.Module):
         self.head = ReflectConv2d(c, out_channels, 7)
         self.head.before_norm = False
         init_normal(self)
+        if residual:
+            nn.init.zeros_(self.head.weight)
 
     def encode(self, x):
         """(B, in_channels, H, W) -> the five feature maps; stops after the fifth residual block."""

@@ -94,7 +94,7 @@ case $SETTINGS in
         FID_WEIGHTS=${FID_WEIGHTS:-random}
         translate=450 segment=320 head_start=140 adapt=60 start=clada_start
         common=(--workers 0 --log-every 10)
-        translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --save-every 150)
+        translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
         small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
         segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
         adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
