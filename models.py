@@ -372,17 +372,12 @@ def efficientnet(name, weights=None):
 
 
 class FeatureDiscriminator(nn.Sequential):
-    """D_feat of stage 4: (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source.
+    """D_feat of stage 4: (B, in_channels, h, w) -> (B, 1, h, w) logits, positive for translated source."""
 
-    1x1 convolutions and Dropout2d, as in Hoffman et al. 2018; width and LeakyReLU are ours (theirs: 512-256-2, ReLU).
-    """
-
-    def __init__(self, in_channels, width=256, dropout=0.5):
-        layers, channels = [], in_channels
-        for _ in range(2):
-            layers += [nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2, inplace=True), nn.Dropout2d(dropout)]
-            channels = width
-        super().__init__(*layers, nn.Conv2d(width, 1, 1))
+    def __init__(self, in_channels, width=256):
+        relu = nn.LeakyReLU(0.2, inplace=True)  # (ours; Hoffman et al. 2018: 512-256-2, ReLU, Dropout2d)
+        first, second = nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, width, 1)
+        super().__init__(first, relu, second, relu, nn.Conv2d(width, 1, 1))
 
 
 def network_state(network, width, classes=None, colours=None):

@@ -92,11 +92,11 @@ fi
 case $SETTINGS in
     demo) # everything smaller, for two cores in minutes; every task model of table 2 gets as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
-        translate=450 segment=320 head_start=140 adapt=60 start=clada_start
+        translate=450 segment=480 head_start=140 adapt=60 start=clada_start
         common=(--workers 0 --log-every 10)
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
-        small=(--width 128 --crop-size 64x128 --batch-size 4 --save-every 100)
-        segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 1e-3 "${small[@]}")
+        small=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
+        segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 4e-3 "${small[@]}")
         adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
         readers=(--workers 0)
         ;;

@@ -192,7 +192,7 @@ def building(scene, rng, x, z0, z1):
 def roadside(scene, rng, style, side, edge):
     """Fill one side of the street beyond its sidewalk with buildings, walls, fences, open ground and side streets."""
     kinds = ("building", "wall", "fence", "open", "side street")
-    chances = {"city": (68, 8, 8, 6, 10), "suburb": (36, 16, 20, 18, 10), "park": (10, 20, 30, 30, 10)}  # per cent
+    chances = {"city": (56, 14, 14, 6, 10), "suburb": (32, 20, 22, 16, 10), "park": (10, 20, 30, 30, 10)}  # per cent
     x, z = side * edge, rng.uniform(2, 5)
     while z < 110:
         kind, end = rng.choice(kinds, p=np.divide(chances[style], 100)), z + rng.uniform(8, 17)
@@ -216,37 +216,37 @@ def roadside(scene, rng, style, side, edge):
 
 def sidewalk(scene, rng, side, curb, edge):
     """Add what stands between curb and edge: lamps, lights, signs, trees, people, parked two-wheelers, bins."""
-    for z in np.arange(rng.uniform(6, 16), 80, rng.uniform(12, 20)):
+    for z in np.arange(rng.uniform(5, 10), 80, rng.uniform(10, 16)):
         kind = rng.choice(["lamp", "traffic light", "round sign", "warning sign", "square sign"], p=[0.3, 0.3, 0.2, 0.1, 0.1])
         stand(scene, rng, "lamp" if kind == "lamp" else "post", "pole", side * (curb + 0.5), z, -side)
         if kind != "lamp":
             stand(scene, rng, kind, "traffic sign" if "sign" in kind else kind, side * (curb + 0.5), z)
     for _ in range(rng.poisson(1.6)):
         tree(scene, rng, side * (curb + 1.2), rng.uniform(9, 60), rng.uniform(4, 7))
-    for _ in range(rng.poisson(3.0)):
-        x, z = side * rng.uniform(curb + 0.6, edge - 0.4), 5 + rng.exponential(12)
+    for _ in range(rng.poisson(4.0)):
+        x, z = side * rng.uniform(curb + 0.6, edge - 0.4), 5 + rng.exponential(6)
         squeeze, size = rng.uniform(0.65, 1.1) * rng.choice([-1, 1]), rng.choice([1.05, 1.0, 0.95, 0.65])
         stand(scene, rng, "person", "person", x, z, squeeze, size)
-    for _ in range(rng.poisson(1.2)):
-        two_wheeler(scene, rng, side * rng.uniform(curb + 0.5, curb + 1.5), 6 + rng.exponential(8), ridden=False)
+    for _ in range(rng.poisson(1.5)):
+        two_wheeler(scene, rng, side * rng.uniform(curb + 0.5, curb + 1.5), 5 + rng.exponential(4), ridden=False)
     for _ in range(rng.poisson(0.6)):
         stand(scene, rng, "bin", "static", side * (curb + 0.8), 6 + rng.exponential(9))
 
 
 def traffic(scene, rng, lanes, curbs, parked):
     """Add vehicles in the lanes and along the curbs, riders between them, and people who cross."""
-    rows = [(x, rng.uniform(9, 30), 0.75, x < -1) for x in lanes]
+    rows = [(x, rng.uniform(7, 18), 0.75, x < -1) for x in lanes]
     rows += [(x - math.copysign(1.1, x), rng.uniform(5, 12), 0.6, x < 0) for x, there in zip(curbs, parked) if there]
     for x, z, full, facing in rows:
         while z < 80:
             if rng.random() < full:
-                kind = rng.choice(["car", "truck", "bus"], p=[0.78, 0.12, 0.1] if x in lanes else [0.96, 0.02, 0.02])
+                kind = rng.choice(["car", "truck", "bus"], p=[0.5, 0.26, 0.24] if x in lanes else [0.96, 0.02, 0.02])
                 z += vehicle(scene, rng, kind, x + rng.uniform(-0.15, 0.15), z, facing)
             z += 1.5 + rng.exponential(9)
     for _ in range(rng.poisson(1.6)):
-        two_wheeler(scene, rng, rng.uniform(curbs[0] + 1, curbs[1] - 1), 7 + rng.exponential(9), ridden=True)
+        two_wheeler(scene, rng, rng.uniform(curbs[0] + 1, curbs[1] - 1), 6 + rng.exponential(4), ridden=True)
     for _ in range(rng.poisson(0.8)):
-        x, z, squeeze = rng.uniform(*curbs), 7 + rng.exponential(12), rng.choice([-1, 1])
+        x, z, squeeze = rng.uniform(*curbs), 6 + rng.exponential(6), rng.choice([-1, 1])
         stand(scene, rng, "person", "person", x, z, squeeze)
         if rng.random() < 0.3:  # Cityscapes' class for moving things without a class; void in training
             stand(scene, rng, "trolley", "dynamic", x, z, squeeze)

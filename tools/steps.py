@@ -75,9 +75,7 @@ def _task_model(kind, device, encoder):
 
         return step, parts
 
-    discriminator = models.FeatureDiscriminator(segmenter.feature_channels["decoder3"], dropout=0).to(
-        device
-    )  # to compare devices
+    discriminator = models.FeatureDiscriminator(segmenter.feature_channels["decoder3"]).to(device)
     opt_D = optimization.adam(discriminator.parameters(), lr=1e-4)
     gate = adapt_features.Gate(0.0, device)  # always open
     networks = segmenter, discriminator, opt_F, opt_D, gate
