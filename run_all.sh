@@ -97,7 +97,7 @@ case $SETTINGS in
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
         small=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
         segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 4e-3 "${small[@]}")
-        adapter=(--lr 2e-4 --discriminator-lr 1e-3 "${small[@]}")
+        adapter=(--lr 1e-3 --discriminator-lr 1e-3 "${small[@]}")
         readers=(--workers 0)
         ;;
     paper) # every setting is the scripts' default; CLADA starts from FastCUT-L5's task model
