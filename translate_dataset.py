@@ -41,8 +41,8 @@ def parse_args():
     add("--unlabelled", action="store_true", help="translate images only, into OUT/images; subfolders are kept")
     translators = parser.add_mutually_exclusive_group(required=True)
     translators.add_argument("--translator", type=runtime.path, metavar="RUN", help="finished run of train_translator.py")
-    colours = "instead of a translator, give each frame the colour statistics of a random photograph of this data set"
-    translators.add_argument("--colours-of", type=runtime.real_path, metavar="DIR", help=colours)
+    text = "instead of a translator, give each frame the colour statistics of a random photograph of this data set"
+    translators.add_argument("--colours-of", type=runtime.real_path, metavar="DIR", help=text)
     add("--target-splits", default="train", help="with --colours-of: Cityscapes splits (default train)")
     add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: of the translations (default 1024)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
