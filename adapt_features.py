@@ -135,6 +135,35 @@ def training_step(
     return losses
 
 
+def build(args, weights, classes, device):
+    """The segmenter, D_feat, their optimizers and the gate, by their names in a checkpoint."""
+    torch.manual_seed(args.seed)
+    segmenter = models.load_network(weights, models.UNet, device)
+    classes.check_same(data.Classes(segmenter.classes or data.CITYSCAPES.rows), "--source and --segmenter")
+    segmenter = synchronise_batchnorm(segmenter, device).to(memory_format=torch.channels_last).train()
+    discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(device)
+    return {
+        "segmenter": segmenter,
+        "discriminator": discriminator,
+        "opt_segmenter": adam(segmenter.parameters(), lr=args.lr),
+        "opt_discriminator": adam(discriminator.parameters(), lr=args.discriminator_lr),
+        "gate": Gate(args.gate, device),
+    }
+
+
+def summarise(args, gate):
+    """Say how much the adversary took part -> what summary.json tells of it."""
+    if args.no_target:
+        return {}
+    steps, accuracy = args.iterations - args.head_start, float(gate.mean_accuracy())
+    if args.adversarial_weight > 0:
+        accuracies = f"D_feat's accuracy is {accuracy:.2f} at the end, --gate {args.gate}"
+        print(f"{args.out}: the gate was open in {int(gate.open_steps)} of {steps} steps; {accuracies}")
+        if gate.open_steps < steps / 10:
+            log.warning("%s: %s", args.out, SHUT)
+    return {"gate_open_steps": int(gate.open_steps), "gate_steps": steps, "D_accuracy": accuracy}
+
+
 def main():
     args = parse_args()
     run = training.Run(args)
@@ -150,18 +179,9 @@ def main():
     if run.is_finished(source=source, target=target):
         return
     data.check_frames(source, args.width, args.crop_size)
-    torch.manual_seed(args.seed)
-    segmenter = models.load_network(weights, models.UNet, run.device)
-    source.classes.check_same(data.Classes(segmenter.classes or data.CITYSCAPES.rows), "--source and --segmenter")
-    segmenter = synchronise_batchnorm(segmenter, run.device).to(memory_format=torch.channels_last).train()
-    discriminator = models.FeatureDiscriminator(segmenter.feature_channels[args.layer]).to(run.device)
-    opt_segmenter = adam(segmenter.parameters(), lr=args.lr)
-    opt_discriminator = adam(discriminator.parameters(), lr=args.discriminator_lr)
-    gate = Gate(args.gate, run.device)
-    parts = segmenter, discriminator, opt_segmenter, opt_discriminator, gate
-    names = ("segmenter", "discriminator", "opt_segmenter", "opt_discriminator", "gate")
-    content = lambda: models.network_state(segmenter, args.width, source.classes.rows)  # noqa: E731
-    run.restore(content, **dict(zip(names, parts, strict=True)))
+    parts = build(args, weights, source.classes, run.device)
+    content = lambda: models.network_state(parts["segmenter"], args.width, source.classes.rows)  # noqa: E731
+    run.restore(content, **parts)
 
     crops = (args.width, args.crop_size, run.samples, args.seed)
     labelled = data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache)
@@ -170,25 +190,16 @@ def main():
 
     def step(x, labels, y, head_start=False):
         batch = x, labels, None if args.no_target else y
-        return training_step(*parts, batch, args.layer, args.adversarial_weight, autocast, head_start)
+        return training_step(*parts.values(), batch, args.layer, args.adversarial_weight, autocast, head_start)
 
     head_step, full_step = GraphedStep(partial(step, head_start=True), run.device), GraphedStep(step, run.device)
-    steps = args.iterations - args.head_start  # of the segmenter
     for iteration, ((x, labels), y) in run.iterations(dataset):
-        done = iteration - args.head_start
-        lr = constant_then_linear(max(0, done), steps, args.lr)
-        set_learning_rate(opt_segmenter, lr)
+        done = iteration - args.head_start  # steps of the segmenter
+        lr = constant_then_linear(max(0, done), args.iterations - args.head_start, args.lr)
+        set_learning_rate(parts["opt_segmenter"], lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
         run.log((head_step if done < 0 else full_step)(x, labels, y), lr=lr)
-    summary = {}
-    if not args.no_target:
-        summary = dict(gate_open_steps=int(gate.open_steps), gate_steps=steps, D_accuracy=float(gate.mean_accuracy()))
-    if summary and args.adversarial_weight > 0:
-        accuracy = f"D_feat's accuracy is {summary['D_accuracy']:.2f} at the end, --gate {args.gate}"
-        print(f"{args.out}: the gate was open in {summary['gate_open_steps']} of {steps} steps; {accuracy}")
-        if summary["gate_open_steps"] < steps / 10:
-            log.warning("%s: %s", args.out, SHUT)
-    run.finish(**summary)
+    run.finish(**summarise(args, parts["gate"]))
 
 
 if __name__ == "__main__":

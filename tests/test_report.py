@@ -129,6 +129,14 @@ def test_everything_is_written_by_one_process_at_a_time(out):
     assert {tuple(colour) for colour in data.PALETTE} <= {colour for _, colour in segmentations.getcolors(2**20)}  # legend
 
 
+@pytest.mark.parametrize(("open_steps", "is_marked"), [(0, True), (5, True), (6, False), (60, False)])
+def test_clada_is_marked_where_the_adversary_hardly_took_part(out, call, open_steps, is_marked):
+    files.write_json(out / "segmenters" / "clada" / "summary.json", {"gate_open_steps": open_steps, "gate_steps": 60})
+    printed = call(out)
+    assert ("CLADA*" in printed) == (f"took part in {open_steps} of 60 steps" in printed) == is_marked
+    assert "CLADA" in [row["model"] for row in table(out / "results" / "table2.csv")]
+
+
 def test_what_cannot_be_made_yet_is_named(out, call):
     (out / "segmenters" / "oracle" / "evaluation.json").unlink()
     (out / "segmenters" / "clada" / "weights.pt").unlink()

@@ -358,6 +358,25 @@ def test_the_demos_settings_on_given_data(pair, tmp_path):
     assert [row["model"] for row in table(tmp_path / "results" / "table2.csv")] == models
 
 
+def test_the_gates_record(pair, tmp_path):
+    """The gate is in the log, counted without the head start in the summary, and a shut one gives a warning."""
+    domains = ["--source", pair / "source", "--target", pair / "target", "--device", "cpu", "--workers", 0]
+    sizes = ["--width", 128, "--crop-size", 64, "--batch-size", 2, "--log-every", 1]
+    words = ["--data", pair / "source", "--encoder", "efficientnet-b0", "--encoder-weights", "none", "--iterations", 1]
+    assert script("train_segmenter.py", *words, *domains[4:], *sizes, "--out", tmp_path / "s").returncode == 0
+    words = [*domains, *sizes, "--segmenter", tmp_path / "s", "--iterations", 5]
+    for gate, steps in ((0, 3), (1, 0)):
+        out = tmp_path / f"gate{gate}"
+        result = script("adapt_features.py", *words, "--head-start", 2, "--gate", gate, "--out", out)
+        assert result.returncode == 0 and f"the gate was open in {steps} of 3 steps" in result.stdout, result.stderr
+        assert ("the adversary hardly took part" in result.stderr) == (gate == 1)
+        summary = json.loads((out / "summary.json").read_text())
+        assert (summary["gate_open_steps"], summary["gate_steps"]) == (steps, 3) and 0 <= summary["D_accuracy"] <= 1
+        assert [float(row["gate_open"]) for row in table(out / "log.csv")] == [gate == 0] * 5
+    result = script("adapt_features.py", *words, "--head-start", 5, "--out", tmp_path / "c")
+    assert result.returncode == 2 and "--head-start 5: must be below --iterations, 5" in result.stderr
+
+
 def test_a_run_is_not_resumed_with_other_arguments(everything, pair):
     words = ["--data", pair / "source", "--out", everything[0] / "segmenters" / "source_only", "--lr", "0.5"]
     result = script("train_segmenter.py", *words)
