@@ -7,8 +7,9 @@ D_feat sees an intermediate layer of the segmenter (--layer) and learns to tell 
 of the translated source. The gate of CyCADA (Hoffman et al. 2018) lets the adversarial term reach the segmenter only while
 D_feat's accuracy over its last 100 batches is above 60%. The target's labels are not read.
 
-Two controls tell what the stage gains from what. --adversarial-weight 0: target frames pass through the segmenter and its
-BatchNorm statistics, but the adversary's gradient does not reach it. --no-target: more steps alone, without target frames.
+Two controls separate the causes of the stage's gain. --adversarial-weight 0: target frames pass through the segmenter and its
+BatchNorm statistics, but the adversary's gradient does not reach it. --no-target: only the additional steps, without target
+frames.
 
 The segmenter's learning rate is constant for the first half of its steps, then falls linearly to 0; D_feat's is constant.
 CyCADA skips the segmenter's whole step while the gate is shut; here the supervised loss continues (ours, as are this stage's
@@ -31,7 +32,7 @@ from losses import discriminator_loss, gan_loss, segmentation_loss
 from optimization import GraphedStep, adam, backward_and_step, constant_then_linear, set_learning_rate, synchronise_batchnorm
 
 GATE_WINDOW = 100  # batches, Hoffman et al. 2018
-SHUT = "the adversary hardly took part; a longer --head-start or a higher --discriminator-lr gives D_feat more time"
+SHUT = "the adversary hardly took part; a longer --head-start or a higher --discriminator-lr helps D_feat learn"
 log = logging.getLogger("adapt_features")
 LAYERS = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
 
@@ -52,7 +53,11 @@ def parse_args(words=None):
     add("--adversarial-weight", type=runtime.non_negative, default=0.01, help="of the adversarial term (default 0.01)")
     add("--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)")
     add("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
-    add("--head-start", type=runtime.count, help="of --iterations, steps of D_feat alone (default: a tenth)")
+    add(
+        "--head-start",
+        type=runtime.count,
+        help="steps at the start that train D_feat alone, counted in --iterations (default: a tenth)",
+    )
     add("--no-target", action="store_true", help="control: no target frames reach the segmenter, and there is no adversary")
     training.add_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
     args = parser.parse_args(words)
@@ -101,7 +106,7 @@ class Gate:
 def training_step(
     segmenter, discriminator, opt_segmenter, opt_discriminator, gate, batch, layer, weight, autocast, head_start=False
 ):
-    """One step of D_feat and, unless it has its head start, one of the segmenter -> losses by name.
+    """One step of D_feat and, after its head start, one of the segmenter -> losses by name.
 
     batch: source images (B, 3, H, W) in [0, 1], their labels (B, H, W) and target images, or None for supervised steps alone.
     """
@@ -152,7 +157,7 @@ def build(args, weights, classes, device):
 
 
 def summarise(args, gate):
-    """Say how much the adversary took part -> what summary.json tells of it."""
+    """Report how often the gate was open -> entries of summary.json."""
     if args.no_target:
         return {}
     steps, accuracy = args.iterations - args.head_start, float(gate.mean_accuracy())
@@ -192,13 +197,15 @@ def main():
         batch = x, labels, None if args.no_target else y
         return training_step(*parts.values(), batch, args.layer, args.adversarial_weight, autocast, head_start)
 
-    head_step, full_step = GraphedStep(partial(step, head_start=True), run.device), GraphedStep(step, run.device)
+    graphed_step = None
     for iteration, ((x, labels), y) in run.iterations(dataset):
         done = iteration - args.head_start  # steps of the segmenter
         lr = constant_then_linear(max(0, done), args.iterations - args.head_start, args.lr)
         set_learning_rate(parts["opt_segmenter"], lr)
         x, y = (data.to_unit(images).contiguous(memory_format=torch.channels_last) for images in (x, y))
-        run.log((head_step if done < 0 else full_step)(x, labels, y), lr=lr)
+        if graphed_step is None or done == 0:  # the head start is a graph of its own
+            graphed_step = GraphedStep(partial(step, head_start=done < 0), run.device)
+        run.log(graphed_step(x, labels, y), lr=lr)
     run.finish(**summarise(args, parts["gate"]))
 
 

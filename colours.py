@@ -3,8 +3,8 @@
     transfer = ColourTransfer(photograph_statistics(photographs, width=1024), seed=0)
     image = transfer("00001", image)                 # (3, H, W) uint8 -> (3, H, W) uint8
 
-Not in the paper. It is a control for trained translators (`translate_dataset.py --colours-of`), and where the translator of
-`train_translator.py --colour-transfer` starts from.
+Not in the paper. It is a control for trained translators (`translate_dataset.py --colours-of`), and the starting point of
+`train_translator.py --colour-transfer`.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +35,7 @@ def photograph_statistics(photographs, width):
     """The `statistics` of at most 500 evenly spaced frames (data.FrameList), resized to `width` pixels -> (N, 2, 3)."""
     with ThreadPoolExecutor() as pool:
         step = -(-len(photographs) // PHOTOGRAPHS)
-        images = pool.map(lambda frame: data.load_at_width(frame.image, width), photographs[::step])
-        return torch.stack([statistics(image) for image in images])
+        return torch.stack([*pool.map(lambda frame: statistics(data.load_at_width(frame.image, width)), photographs[::step])])
 
 
 class ColourTransfer:
@@ -57,5 +56,5 @@ class ColourTransfer:
         return rgb.round().clamp(0, 255).to(torch.uint8).view_as(image)
 
     def state(self):
-        """Plain data from which ColourTransfer(**state) is made again."""
+        """Keyword arguments that recreate it: ColourTransfer(**state)."""
         return {"photographs": self.photographs, "seed": self.seed}

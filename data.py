@@ -14,9 +14,9 @@ label ids (0 to 33), or those of DIR/classes.csv (`read_classes`). Training and 
 import argparse
 import contextlib
 import csv
-import glob
 import hashlib
 import logging
+import math
 import os
 import re
 import signal
@@ -36,10 +36,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 VOID = 255
 CLASSES = [c for c in Cityscapes.classes if 0 <= c.train_id < VOID]  # the 19 evaluated classes, ordered by train id
-LAYOUTS = {  # the folder that tells a layout: where its images and labels are; the last * is the name of a frame
-    "images": ("images/*", "labels/*"),
-    "leftImg8bit": ("leftImg8bit/{split}/*/*_leftImg8bit", "gtFine/{split}/*/*_gtFine_labelIds"),
-    "": ("**/*", ""),  # any folder of images
+LAYOUTS = {  # marker folder of each layout: folder and ending of its images, of its labels; levels of folders below
+    "images": (("images", ""), ("labels", ""), 0),
+    "leftImg8bit": (("leftImg8bit/{}", "_leftImg8bit"), ("gtFine/{}", "_gtFine_labelIds"), 1),  # {}: the split
+    "": (("", ""), None, math.inf),  # any folder of images
 }
 log = logging.getLogger("data")
 # The paths of an image and of its label map or None, a name unique within the data set, and (width, height) in pixels.
@@ -87,7 +87,7 @@ def read_classes(root):
         raise ValueError(f"{path}: columns id, name, train_id, red, green, blue are needed, with integers") from error
     ids, train_ids = {row[0] for row in rows}, {row[2] for row in rows} - {VOID}
     if not all(0 <= number <= 255 for row in rows for number in (row[0], *row[2:])) or VOID in ids or len(ids) < len(rows):
-        raise ValueError(f"{path}: different ids from 0 to 254, train ids and colours from 0 to 255 are needed")
+        raise ValueError(f"{path}: ids must be distinct and from 0 to 254, train ids and colours from 0 to 255")
     classes = Classes(rows)
     if not train_ids or train_ids != {*range(len(train_ids))} or len({*classes.names}) < len(classes.names):
         raise ValueError(f"{path}: train ids must be 0, 1, 2, ... (255: not evaluated), with different names")
@@ -207,10 +207,10 @@ def _match_files(root, split, labelled, exclude):
     if labelled and not layout:
         raise ValueError(f"{root}: no images/ (GTA5) or leftImg8bit/ (Cityscapes) in it")
     frames, problems = FrameList(read_classes(root) if labelled else CITYSCAPES), []
-    parts = dict.fromkeys(tuple(place.format(split=part) for place in LAYOUTS[layout]) for part in split.split(","))
-    for of_images, of_labels in parts:
-        images = _by_name(root, of_images, (".png", ".jpg", ".jpeg"))
-        labels = _by_name(root, of_labels, (".png",)) if labelled else {}
+    of_images, of_labels, depth = LAYOUTS[layout]
+    for part in dict.fromkeys(split.split(",")) if layout == "leftImg8bit" else [""]:
+        images = _by_name(root, of_images, part, depth, (".png", ".jpg", ".jpeg"))
+        labels = _by_name(root, of_labels, part, depth, (".png",)) if labelled else {}
         for name in dict.fromkeys([*images, *labels]):
             image, label = images.get(name, []), labels.get(name, [])
             if _bare_name(name) in exclude:
@@ -230,30 +230,37 @@ def _sizes(frame):
     return size, _read(frame.label, is_label=True, header_only=True)[0] if frame.label else size
 
 
-def _by_name(root, pattern, suffixes):
-    """Return {name: [paths]} of the files that a pattern of LAYOUTS matches; with **, the name is the path without suffix."""
-    folder, ending = root / pattern.partition("*")[0], pattern.rpartition("*")[2]
+def _by_name(root, place, part, depth, suffixes):
+    """Return {name: [paths]} of the files in a place of LAYOUTS; the name is the path without suffix if depth is unlimited."""
+    folder, ending = root / place[0].format(part), place[1]
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    paths = _files_below(root) if "**" in pattern else map(Path, glob.glob(f"{pattern}.*", root_dir=root))
     found = {}
-    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
-        if path.suffix.lower() in suffixes:
-            name = path.with_suffix("").as_posix() if "**" in pattern else path.stem.removesuffix(ending)
-            found.setdefault(name, []).append(root / path)
+    for path in sorted(_entries_below(folder, depth), key=lambda path: (len(path.parts), path)):
+        if path.suffix.lower() in suffixes and path.stem.endswith(ending):
+            name = path.with_suffix("").as_posix() if depth == math.inf else path.stem.removesuffix(ending)
+            found.setdefault(name, []).append(folder / path)
     return found
 
 
-def _files_below(root):
-    """Yield the paths of all files in a folder and below, relative to it. A linked folder is followed once, so loops end."""
+def _entries_below(root, depth):
+    """Yield what is in a folder and `depth` levels of folders below, as paths relative to it. Raises OSError.
+
+    A linked folder is followed once, so that loops end.
+    """
+
+    def refuse(error):
+        raise error
+
     visited = set()
-    for parent, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(parent) in visited:
+    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        inside, real = Path(parent).relative_to(root), os.path.realpath(parent)
+        if real not in visited:
+            yield from (inside / name for name in (*names, *folders) if not name.startswith("."))
+        if real in visited or len(inside.parts) == depth:
             folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name).relative_to(root) for name in names if not name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visited.add(real)
 
 
 def read_names(path):

@@ -208,7 +208,10 @@ def add_row(path, row):
 def read_evaluation(path):
     """RUN/evaluation.json -> (row of table 2, the settings it was made with). Raises ValueError if the file is not one."""
     settings = files.read_json(path, "row")
-    return settings.pop("row"), settings
+    row = settings.pop("row")
+    if any(isinstance(cell, str) for column, cell in row.items() if column != "model"):
+        raise ValueError(f"{path}: of version 0.1, with rounded scores; delete it and evaluate that run again")
+    return row, settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def write_whole(path, content):
             disk = os.statvfs(path.parent)
             reason += f": {len(content):,} bytes are needed, {disk.f_bavail * disk.f_frsize:,} are free"
             if disk.f_files and not disk.f_favail:
-                reason += ", but no inodes"
+                reason += "; no inodes are left"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # after the rename there is none
@@ -71,9 +71,9 @@ def write_left_out(folder, left_out):
 
 
 def digest(path):
-    """The sha256 of a file, in hexadecimal. Raises ValueError if it is no regular file: a FIFO would block."""
+    """The sha256 of a file, in hexadecimal. Raises ValueError if it is not a regular file: a FIFO would block."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

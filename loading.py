@@ -118,7 +118,7 @@ class _Batches(Dataset):
 
 
 class _Batch:
-    """A batch as arrays, which go through a pipe. Tensors need file descriptors and /dev/shm; which containers lack."""
+    """A batch as arrays, sent through a pipe: tensors need file descriptors and /dev/shm, which are scarce in containers."""
 
     def __init__(self, parts):
         self.parts = _map(torch.Tensor, torch.Tensor.numpy, parts)

@@ -146,7 +146,7 @@ class ResnetGenerator(nn.Module):
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
-    With `residual` (ours) the last layer adds to the input, before the tanh, and begins at zero: the generator as the identity.
+    With `residual` (ours) the last layer adds to the input, before the tanh, and begins at zero: G(x) = 0.98 x at first.
     """
 
     def __init__(self, in_channels=3, out_channels=3, base_channels=64, n_blocks=9, antialias=False, residual=False):
@@ -382,7 +382,7 @@ class FeatureDiscriminator(nn.Sequential):
 
 def network_state(network, width, classes=None, colours=None):
     """Content of weights.pt: a ResnetGenerator or a UNet, the width in pixels and the table of classes of its training frames,
-    and the state of the ColourTransfer that they went through."""
+    and the state of the ColourTransfer that was applied to them."""
     extras = dict(width=width, classes=classes, colours=colours)
     return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), **extras)
 

@@ -136,8 +136,8 @@ def print_table(title, rows):
 
 
 def write_tables(out):
-    """Write and print the tables that can be made."""
-    results, scores = out / "results", table2(out)
+    """Write and print the tables that can be made -> notes on table 2."""
+    results, scores, notes = out / "results", table2(out), []
     if rows := table1(out):
         files.write_csv(results / "table1.csv", rows)
         print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
@@ -146,36 +146,35 @@ def write_tables(out):
         print(f"Table 1 needs {out / INPUTS[0]}: left out")
     if not scores:
         print(f"Tables 2 and 3 need {out / INPUTS[1]}: left out")
-        return
+        return notes
     rows = [rounded(row) for row in scores.values()]
     files.write_csv(results / "table2.csv", rows)
-    shown, note = [{c: row[c] for c in ("model", *MEANS)} for row in rows], shut_gate(out)
+    shown, notes = [{c: row[c] for c in ("model", *MEANS)} for row in rows], shut_gate(out)
     for row in shown:
-        row["model"] += "*" if note and row["model"] == "CLADA" else ""
+        row["model"] += "*" if notes and row["model"] == "CLADA" else ""
     print_table("Table 2: scores on the target's val split, percent", shown)
-    if note:
-        print(f"* {note}")
-    if missing := [model for model in ("Source Only", "Oracle") if model not in scores]:
-        print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
-        return
-    files.write_csv(results / "table3.csv", table3(scores))
-    title = "Table 3: IoU lost to the Oracle; the part of it that CLADA (recovered) and the other models win back, percent"
-    print_table(title, table3(scores))
     gains = {"more steps": ("control without target", "FastCUT-L5"), "target frames": ("control", "control without target")}
     for what, (better, worse) in (gains | {"the adversary": ("CLADA", "control")}).items():
         if better in scores and worse in scores:
-            print(f"Stage 4, {what}: {scores[better]['mIoU'] - scores[worse]['mIoU']:+.2f} mIoU ({better} - {worse})")
+            notes.append(f"Stage 4, {what}: {scores[better]['mIoU'] - scores[worse]['mIoU']:+.2f} mIoU ({better} - {worse})")
+    print("\n".join(notes))
+    if missing := [model for model in ("Source Only", "Oracle") if model not in scores]:
+        print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
+        return notes
+    files.write_csv(results / "table3.csv", table3(scores))
+    title = "Table 3: IoU lost to the Oracle; the part of it that CLADA (recovered) and the other models win back, percent"
+    print_table(title, table3(scores))
+    return notes
 
 
 def shut_gate(out):
-    """A note if the adversary took part in few of CLADA's steps, else ""."""
+    """A list with one note if the adversary took part in few of CLADA's steps, else an empty one."""
     path = out / "segmenters" / MODELS["CLADA"] / "summary.json"
     gate = read_numbers(path, "gate_open_steps", "gate_steps") if path.is_file() else {}
     if len(gate) < 2 or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
-        return ""
-    return "the adversary took part in {gate_open_steps} of {gate_steps} steps: CLADA is hardly more than its control".format(
-        **gate
-    )
+        return []
+    took_part = "{gate_open_steps} of {gate_steps} steps".format(**gate)
+    return [f"* CLADA: the adversary took part in {took_part}, so CLADA is effectively its control"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +342,7 @@ def main():
         raise ValueError(f"{out}: no {' and no '.join(INPUTS)} there; give the OUT of run_all.sh")
     with files.lock(out / "results", wait=True):
         files.clear_parts(out / "results")
-        write_tables(out)
+        notes = write_tables(out)
         if rows := judge_translations(out):
             files.write_csv(out / "results" / "translations.csv", rows)
             print_table(
@@ -351,7 +350,7 @@ def main():
             )
         translations_figure(out)
         segmentations_figure(out)
-        results_page.write_page(out)
+        results_page.write_page(out, notes)
         print(f"\nAll on one page: {out / 'results' / 'index.html'}")
     if args.scale < 1:
         title = f"Forecast from this trial (ITERATIONS_SCALE={args.scale:g}): the whole experiment on this machine would take"

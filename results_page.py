@@ -44,15 +44,15 @@ section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100
 </style></head><body><h1>CLADA: $name</h1>
 <p>Contrastive image translation and adversarial feature adaptation for semantic segmentation: what one run has produced.</p>
 <dl>$state</dl><h2>Tables</h2><p>↑ higher is better, ↓ lower is better, <b class="best">best of its column</b> (bounds,
-references and means are not ranked)</p><div>$tables</div><h2>Figures</h2><div>$figures</div>
+references and means, and table 3, are not ranked)</p><div>$tables</div>$notes<h2>Figures</h2><div>$figures</div>
 <section class="wide">$predictions</section><h2>Newest samples of each translator</h2><section class="wide">$samples</section>
 <h2>Loss curves</h2><section>$charts</section><h2>Commands and versions</h2><div>$versions</div>
 <details><summary>Commands</summary>$commands</details></body></html>
 """)
 
 
-def write_page(out):
-    """Write OUT/results/index.html from whatever OUT holds. The caller holds the lock of OUT/results."""
+def write_page(out, notes=()):
+    """Write OUT/results/index.html from whatever OUT holds, with notes on table 2. The caller holds the lock of OUT/results."""
     results, newest = out / "results", {}
     paths = [path for kind in ("translators", "segmenters") for path in sorted(out.glob(f"{kind}/*/args.json"))]
     runs = {path.parent: files.read_json(path, "script", "iterations", "processes") for path in paths}
@@ -63,15 +63,17 @@ def write_page(out):
     summaries = {str(run.relative_to(out)): files.read_json(path) for run in runs if (path := run / "summary.json").is_file()}
     versions = [{"run": name} | {key: summary.get(key, "") for key in VERSIONS} for name, summary in summaries.items()]
     overlays = {path: str(path.relative_to(results)) for path in sorted(results.glob("predictions/**/*_overlay.jpg"))}
+    tables = [(files.read_csv(path), caption) for path, caption in made.items() if path.suffix == ".csv"]
     page = PAGE.substitute(
         name=escape(out.resolve().name),
         state="".join(f"<dt>{what}</dt><dd>{escape(names)}</dd>" for what, names in _state(out, runs, logs).items()),
-        tables="".join(_table(files.read_csv(path), caption) for path, caption in made.items() if path.suffix == ".csv"),
+        tables="".join(_table(rows, caption, caption[:7] != "Table 3") for rows, caption in tables if rows),
+        notes="".join(f"<p>{escape(note)}</p>" for note in notes),
         figures="".join(_picture(path, caption) for path, caption in made.items() if path.suffix == ".png"),
         predictions="".join(_picture(path, caption) for path, caption in overlays.items()),
         samples="".join(_picture(path, f"{name}, step {int(path.stem)}") for name, path in sorted(newest.items())),
         charts="".join(_chart(str(run.relative_to(out)), rows) for run, rows in logs.items() if rows),
-        versions=_table(versions, "The finished runs, and what they were finished with.", ranked=False) if versions else "",
+        versions=_table(versions, "Finished runs, and the versions that finished them.", ranked=False) if versions else "",
         commands="".join(f"<pre>{_command(args)}</pre>" for args in runs.values()),
     )
     files.write_whole(results / "index.html", page.encode(errors="backslashreplace"))
@@ -127,7 +129,7 @@ def _chart(name, rows):
         share = -(-len(rows) // 200)  # rows per point of a curve
         shares = [points[i : i + share] for i in range(0, len(points), share)]
         losses[column] = [(part[-1][0], sum(y for _, y in part) / len(part)) for part in shares]
-    values = [y for points in losses.values() for _, y in points]
+    values = [y for points in losses.values() for _, y in points] or [0.0]
     low, high, last = min(values), max(values), int(rows[-1]["iteration"])
     for (column, points), colour in zip(losses.items(), COLOURS * len(losses)):
         places = [f"{44 + 310 * x / last:.1f},{122 - 112 * (y - low) / (high - low or 1):.1f}" for x, y in points]

@@ -191,6 +191,7 @@ distance() { # NAME FOLDER [ARG...]
 
 real_path() { # PATH: absolute and without links; it need not exist
     if [ -d "$1" ]; then (CDPATH= cd -P -- "$1" && pwd) && return; fi
+    [ ! -L "$1" ] || fail "$1: a link to a folder that does not exist; create that first"
     local parent && parent=$(real_path "$(dirname -- "$1")")
     echo "${parent%/}/$(basename -- "$1")"
 }
@@ -260,7 +261,9 @@ for method in $METHODS; do
     from=(--translator "$OUT/translators/$method")
     if [ "$method" = colour ]; then
         from=(--colours-of "$TARGET" --target-splits "$TARGET_SPLITS" --seed "$SEED")
-        for ((i = 0; i < ${#translator[@]}; i++)); do [ "${translator[i]}" != --width ] || from+=(--width "${translator[i + 1]}"); done
+        for ((i = 0; i < ${#translator[@]}; i++)); do
+            case ${translator[i]} in --width) from+=(--width "${translator[i + 1]}") ;; --width=*) from+=("${translator[i]}") ;; esac
+        done
     else
         title "Stage 1: $model, the translator"
         train_translator "$method"

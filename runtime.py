@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -274,18 +275,28 @@ def autocast(device, precision):
 # Processes: under torchrun, each computes its share of every batch
 
 
+TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def torchrun(name, default):
     """A number that torchrun has set in the environment; the default if torchrun did not start this process."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+    return int(os.environ[name]) if os.environ.keys() >= set(TORCHRUN) else default
 
 
 def join_processes(device):
     """Under torchrun, join the other processes."""
     if torchrun("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and torchrun("TORCHELASTIC_MAX_RESTARTS", 0) > 0:
-        # Restarted processes would find their dead predecessors' addresses in the store, and wait half an hour for them.
-        raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            # Restarted processes would find their dead predecessors' addresses in the store, and wait half an hour for them.
+            raise ValueError("--max-restarts: torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment for that")
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            remedy = "if these variables are left over from another launcher, unset TORCHELASTIC_RUN_ID"
+            raise ValueError(f"torchrun is not at {address[0]}:{address[1]} ({error}); {remedy}") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python handlers would not run while C++ waits
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # the slowest GPU may be hours behind

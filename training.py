@@ -92,9 +92,10 @@ class Run:
         """Raise ValueError if the run was started with arguments or data that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
         changed = {
-            key: f"{_described(key)} (was {self.saved[key]}, is now {value})"
+            key: f"{_described(key)} (was {self.saved.get(key)}, is now {value})"
             for key, value in self.arguments.items()
-            if key not in FREE_ARGUMENTS and self.saved.get(key, value) != value
+            # A flag that a run of an older version does not know was off; other new arguments had their default.
+            if key not in FREE_ARGUMENTS and self.saved.get(key, False if value is True and self.saved else value) != value
         }
         for key in may_differ:
             if changed.pop(key, None):
@@ -120,7 +121,8 @@ class Run:
             print(f"{self.out}: finished")
             current = self.saved | {key: self.arguments[key] for key in PATHS if key in self.arguments}
             if current != self.saved and runtime.is_first() and not self.args.check:
-                files.write_json(self.out / "args.json", current)  # report.py looks there for the data, which have moved
+                with contextlib.suppress(OSError):  # a read-only archive
+                    files.write_json(self.out / "args.json", current)  # report.py looks there for the data, which have moved
         return is_finished
 
     def print_check(self):

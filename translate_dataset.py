@@ -27,8 +27,8 @@ import runtime
 
 log = logging.getLogger("translate_dataset")
 WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU translates faster than one of them encodes
-# A function on images (B, 3, h, w) uint8, the ColourTransfer that they go through first or None, the width in pixels that both
-# work at, and a text that changes with what they compute.
+# translate: images (B, 3, h, w) uint8 -> the same; transfer: a ColourTransfer applied first, or None; width: of frames, in
+# pixels; content: identifies both in args.json.
 Translator = namedtuple("Translator", "translate transfer width content")
 
 

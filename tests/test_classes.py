@@ -78,9 +78,9 @@ def test_the_table_of_a_data_set(own):
         ("", "train ids must be 0, 1, 2"),
         (TABLE.replace("train_id", "class"), "columns id, name, train_id"),
         (TABLE.replace("40,thing", "forty,thing"), "with integers"),
-        (TABLE.replace("40,thing", "255,thing"), "ids from 0 to 254"),
+        (TABLE.replace("40,thing", "255,thing"), "from 0 to 254"),
         (TABLE.replace("250,0,0", "256,0,0"), "colours from 0 to 255"),
-        (TABLE.replace("8,path", "7,path"), "different ids from 0 to 254"),
+        (TABLE.replace("8,path", "7,path"), "must be distinct and from 0 to 254"),
         (TABLE.replace("thing,2", "thing,3"), "train ids must be 0, 1, 2"),
         (TABLE.replace("thing,2", "sky,2"), "with different names"),
     ],
@@ -106,7 +106,7 @@ def test_from_frames_to_table_3(own, tmp_path):
     out = tmp_path / "out"
     rows = table(out / "results" / "table2.csv")
     assert list(rows[0]) == ["model", "mIoU", "fwIoU", "pixel_accuracy", "sky", "ground", "thing"]
-    assert all(row["sky"] and row["thing"] for row in rows) and len(rows) == 5
+    assert all(row["sky"] and row["thing"] for row in rows) and len(rows) == 6
     assert [row["class"] for row in table(out / "results" / "table3.csv")] == ["sky", "ground", "thing", "mIoU"]
     translated = data.list_frames(out / "translated" / "fastcut_l5")
     assert translated.classes.rows == data.read_classes(own / "source").rows

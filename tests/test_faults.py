@@ -101,6 +101,18 @@ def test_a_run_stopped_after_every_step_ends_as_one_never_stopped(
     assert not list(tmp_path.rglob(".*.part"))
 
 
+def test_a_run_that_does_not_know_a_flag_was_started_without_it(pair, tmp_path, monkeypatch, capsys):
+    module, words = stage("fastcut_l5", pair)
+    words += ["--iterations", 1, "--workers", 0, "--out", tmp_path]
+    assert call(monkeypatch, module, words) == 0
+    saved = files.read_json(tmp_path / "args.json")
+    assert saved.pop("colour_transfer") is False  # as in runs of version 0.1
+    files.write_json(tmp_path / "args.json", saved)
+    assert call(monkeypatch, module, words) == 0
+    assert call(monkeypatch, module, [*words, "--colour-transfer"]) == 2
+    assert "--colour-transfer (was None, is now True)" in capsys.readouterr().err
+
+
 # D_feat's rate alone does not fall.
 @pytest.mark.parametrize(
     ("kind", "falling", "constant"),

@@ -6,6 +6,7 @@ import torch
 from gpu_steps import tensors_of
 from steps import build
 
+import adapt_features
 import optimization
 import runtime
 import train_translator
@@ -52,3 +53,26 @@ def test_replayed_steps_equal_the_steps(replays, monkeypatch, kind):
     assert graphed_losses == losses
     for k, (tensor, graphed) in enumerate(zip(state, graphed_state, strict=True)):
         assert torch.equal(tensor, graphed), k
+
+
+def test_the_head_start_of_stage_4_is_a_graph_of_its_own(replays):
+    """D_feat's steps alone, then both networks' steps, on the same parameters."""
+    ends = []
+    for device in (CPU, CUDA):
+        made = build("stage 4", CPU, 32, layout=torch.contiguous_format, channels=4, encoder="efficientnet-b0")
+        names, losses = ("segmenter", "discriminator", "opt_F", "opt_D", "gate"), []
+        parts, autocast = [made.parts[name] for name in names], runtime.autocast(CPU, "fp32")
+        for head_start in (True, False):
+
+            def step(x, labels, y, head_start=head_start):
+                batch = x, labels, y
+                return adapt_features.training_step(*parts, batch, "decoder3", 0.1, autocast, head_start)  # noqa: B023
+
+            graphed = optimization.GraphedStep(step, device)
+            for k in range(6):
+                torch.manual_seed(k)
+                x, y = torch.rand(2, 2, 3, 32, 32)
+                losses += [float(value.detach()) for value in graphed(x, torch.randint(3, (2, 32, 32)), y).values()]
+        ends.append((losses, tensors_of([part.state_dict() for part in made.parts.values()])))
+    assert len(replays) == 2 * (6 - optimization.WARM_UP) and ends[0][0] == ends[1][0]
+    assert all(torch.equal(one, two) for one, two in zip(ends[0][1], ends[1][1], strict=True))

@@ -165,6 +165,17 @@ def test_predictions_of_other_photographs_are_not_taken_for_these(photos, run, t
     assert result.returncode == 2 and "of another model, settings or folder of images" in result.stderr
 
 
+def test_frames_beside_the_city_folders_are_found(photos, tmp_path):
+    """Some copies of Cityscapes have no folders for cities."""
+    for i, folder in enumerate(("", "city")):
+        path = tmp_path / "leftImg8bit" / "train" / folder / f"{i}_leftImg8bit.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / "a b.png", path)
+    (tmp_path / "leftImg8bit" / "train" / "city" / "deeper").mkdir()
+    shutil.copy(photos / "a b.png", tmp_path / "leftImg8bit" / "train" / "city" / "deeper" / "2_leftImg8bit.png")
+    assert [frame.name for frame in data.list_frames(tmp_path, labelled=False)] == ["0", "1"]
+
+
 def test_linked_folders_are_followed_once(photos, tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "deep").symlink_to(photos / "deep")

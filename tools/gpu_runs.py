@@ -163,7 +163,7 @@ def train(name, out, device, words, stop=None, prepare=None):
     if kind == "stage 3":
         script, own = "train_segmenter.py", ["--data", source, "--encoder", "efficientnet-b0", "--encoder-weights", "none"]
     elif kind == "stage 4":
-        script, own = "adapt_features.py", [*pair, "--segmenter", job.work / "segmenter", "--gate", 0]
+        script, own = "adapt_features.py", [*pair, "--segmenter", job.work / "segmenter", "--gate", 0, "--head-start", 5]
     else:
         script, own = "train_translator.py", [*pair, "--method", kind, "--base-channels", 8]
     own += ["--out", out, "--device", device, "--width", 128, "--crop-size", 64, "--batch-size", 2, "--workers", 1]
