@@ -73,7 +73,7 @@ def write_left_out(folder, left_out):
 def digest(path):
     """The sha256 of a file, in hexadecimal. Raises ValueError if it is not a regular file: a FIFO would block."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
+        raise ValueError(f"{path}: {'not a file' if Path(path).exists() else 'No such file'}")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

@@ -21,8 +21,8 @@ CAPTIONS = {
     "translations.png": "Figure 3. Frames of the source, and what each translator makes of them.",
     "segmentations.png": "Figure 4. Frames of the target's val split, two models' predictions, and the ground truth.",
 }
-LOWER_IS_BETTER = ("FID", "frechet", "seconds", "wait", "peak", "source_gap", "clada_gap", "checkerboard")  # starts of columns
-NOT_RANKED = ("Source", "Source, resized", "Source Only", "Oracle", "Target", "mIoU")  # rows: bounds, references, the mean
+LOWER_IS_BETTER = ("FID", "frechet", "seconds", "wait", "peak", "checkerboard")  # starts of columns
+NOT_RANKED = ("Source", "Source, resized", "Source Only", "Oracle", "Target")  # rows: bounds and references
 NOT_LOSSES = ("iteration", "lr", "seconds_per_iteration", "wait_seconds", "peak_memory_mib")  # columns of log.csv
 NOT_SHOWN = set("script version processes check device workers log_every save_every keep_every cache".split())  # in commands
 VERSIONS = ("iterations", "version", "python", "torch", "device", "precision")  # of summary.json
@@ -44,7 +44,7 @@ section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100
 </style></head><body><h1>CLADA: $name</h1>
 <p>Contrastive image translation and adversarial feature adaptation for semantic segmentation: what one run has produced.</p>
 <dl>$state</dl><h2>Tables</h2><p>↑ higher is better, ↓ lower is better, <b class="best">best of its column</b> (bounds,
-references and means, and table 3, are not ranked)</p><div>$tables</div>$notes<h2>Figures</h2><div>$figures</div>
+references and table 3 are not ranked)</p><div>$tables</div>$notes<h2>Figures</h2><div>$figures</div>
 <section class="wide">$predictions</section><h2>Newest samples of each translator</h2><section class="wide">$samples</section>
 <h2>Loss curves</h2><section>$charts</section><h2>Commands and versions</h2><div>$versions</div>
 <details><summary>Commands</summary>$commands</details></body></html>

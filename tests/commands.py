@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 VARIABLES = "SOURCE TARGET TARGET_SPLITS ORACLE SETTINGS OUT METHODS SEED NPROC ITERATIONS_SCALE FID_WEIGHTS".split()
 VARIABLES += "TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
-MEASURED_FILES = (".lock", ".finished", "times.csv")
+MEASURED_FILES = (".lock", ".finished", "times.csv", "index.html")  # the page holds times
 MEASURED = ("seconds_per_iteration", "wait_seconds", "peak_memory_mib")
 
 # Python runs a module of this name before a script. This one records which scripts open labels of a Cityscapes layout, and

@@ -184,6 +184,7 @@ def test_peak_memory_leaves_out_the_first_steps(tmp_path, cuda, again, monkeypat
 
 def started_by_torchrun(monkeypatch, **values):
     variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2} | values
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
 

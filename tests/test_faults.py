@@ -127,6 +127,7 @@ def test_each_steps_learning_rate_is_the_optimisers_and_the_logs(
 ):
     module, words = stage(kind, pair, segmenter)
     words += ["--iterations", 4, "--log-every", 1, "--workers", 0, "--lr", 1e-4, "--out", tmp_path]
+    words += ["--head-start", 0] if kind == "adaptation" else []
     rate = train_segmenter.learning_rate if kind == "segmenter" else optimization.constant_then_linear
     for done in range(1, 5):
         call(monkeypatch, module, words, stop_after=1)

@@ -343,7 +343,7 @@ def test_run_all_says_what_is_wrong(environment, message, tmp_path):
 def test_the_demos_settings_on_given_data(pair, tmp_path):
     """Every task model takes as many steps as CLADA does in all, with the steps before stage 4."""
     given = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "SETTINGS": "demo", "METHODS": "fastcut_l5"}
-    environment = given | {"OUT": str(tmp_path), "PYTHON": str(served.python()), "ITERATIONS_SCALE": "0.02"}
+    environment = given | {"OUT": str(tmp_path), "PYTHON": str(served.python()), "ITERATIONS_SCALE": "0.01667"}
     result = run("bash", ROOT / "run_all.sh", **environment)
     assert result.returncode == 0, result.stderr
     trained = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*ers/*/args.json")}
