@@ -38,7 +38,7 @@ SOURCES = {"Source": "source", "Source, resized": "source_resized"}  # frames at
 COST = {"seconds_per_iteration": ".5f", "wait_seconds": ".5f", "peak_memory_mib": ".0f"}  # columns of table 1, and their format
 LEAST_GAP = 0.5  # points of IoU between Source Only and Oracle below which a part of their gap says nothing (ours)
 INPUTS = ("distances/*.json", "segmenters/*/evaluation.json")
-LEAST_OPEN = 0.1  # share of stage 4's steps with an open gate below which CLADA's row is marked (ours)
+LEAST_OPEN = 0.1  # share of steps with an open gate below which CLADA's row is marked (ours); adapt_features.py warns there
 FIGURE_ROWS, JUDGED = 4, 16  # frames per figure, and per translator in translations.csv
 
 
@@ -157,7 +157,8 @@ def write_tables(out):
     for what, (better, worse) in (gains | {"the adversary": ("CLADA", "control")}).items():
         if better in scores and worse in scores:
             notes.append(f"Stage 4, {what}: {scores[better]['mIoU'] - scores[worse]['mIoU']:+.2f} mIoU ({better} - {worse})")
-    print("\n".join(notes))
+    for note in notes:
+        print(note)
     if missing := [model for model in ("Source Only", "Oracle") if model not in scores]:
         print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
         return notes
