@@ -4,12 +4,13 @@
 #   bash run_all.sh                                        # two synthetic domains, minutes, no GPU needed
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
 #   SOURCE=gta5 TARGET=photos METHODS=fastcut_l5 bash run_all.sh     # CLADA alone, on a folder of photographs without labels
-#   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's small networks and short training on them
+#   SETTINGS=small SOURCE=... TARGET=... bash run_all.sh    # smaller networks: one consumer GPU, or two CPU cores in a night
+#   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's tiny networks and short training, minutes
 #   bash run_all.sh test                                   # the tests
 #
 # Run again, it skips what is finished and resumes what is not. Variables, all optional:
-#   SETTINGS           paper or demo (demo without SOURCE and TARGET, paper with them)
-#   OUT                where everything goes (runs/demo, with real data runs/paper, with SETTINGS=demo on them runs/quick)
+#   SETTINGS           paper, small or demo (demo without SOURCE and TARGET, paper with them)
+#   OUT                where everything goes (runs/demo; with SOURCE and TARGET runs/paper, runs/small or, for demo, runs/quick)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 colour (default: cyclegan cut fastcut_l5)
 #                      colour is a control: colour statistics of the target's photographs, without training
 #   ORACLE             no: leave out the Oracle and table 3 (yes; needs labels of the target, as scores do)
@@ -17,9 +18,9 @@
 #   ITERATIONS_SCALE   factor on every iteration count, for a trial run (with an OUT of its own) (1)
 #   NPROC              processes per stage, by torchrun, one per GPU; batch sizes are per process (1)
 #   TARGET_SPLITS      Cityscapes splits whose photographs stages 1 and 4 and FID use, e.g. train,train_extra (train)
-#   CACHE              folder for resized frames, which decode faster (paper: OUT/frames, 1 MiB per frame; empty: none)
+#   CACHE              folder for resized frames, which decode faster (paper, small: OUT/frames, up to 1 MiB per frame; empty: none)
 #   EXCLUDE            file with names of frames to leave out, one per line
-#   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; paper: published)
+#   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; else published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage, quoted as in a shell
 #   PYTHON             the Python to use, without any set-up
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
@@ -87,7 +88,7 @@ if [ -z "${SOURCE:-}${TARGET:-}" ]; then
 else
     [ -n "${SOURCE:-}" ] && [ -n "${TARGET:-}" ] || fail "set both SOURCE and TARGET, or neither"
     SETTINGS=${SETTINGS:-paper}
-    if [ "$SETTINGS" = paper ]; then OUT=${OUT:-runs/paper}; else OUT=${OUT:-runs/quick}; fi
+    if [ "$SETTINGS" = demo ]; then OUT=${OUT:-runs/quick}; else OUT=${OUT:-runs/$SETTINGS}; fi
 fi
 case $SETTINGS in
     demo) # everything smaller, for two cores in minutes; every task model of table 2 gets as many steps as CLADA in all
@@ -95,18 +96,27 @@ case $SETTINGS in
         translate=450 segment=480 head_start=140 adapt=60 start=clada_start
         common=(--workers 0 --log-every 10)
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
-        small=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
-        segmenter=(--encoder efficientnet-b0 --encoder-weights none --lr 4e-3 "${small[@]}")
-        adapter=(--lr 1e-3 --discriminator-lr 1e-3 "${small[@]}")
+        segmenter=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
+        adapter=("${segmenter[@]}" --lr 1e-3 --discriminator-lr 1e-3)
+        segmenter+=(--encoder efficientnet-b0 --encoder-weights none --lr 4e-3)
         readers=(--workers 0)
         ;;
+    small) # in between; CLADA starts from FastCUT-L5's task model, as with the paper's settings
+        translate=6000 segment=4000 head_start=400 adapt=600 start=fastcut_l5
+        common=(--save-every 500)
+        translator=(--width 512 --crop-size 256 --base-channels 32)
+        segmenter=(--width 512 --crop-size 256 --batch-size 4)
+        adapter=("${segmenter[@]}")
+        segmenter+=(--encoder efficientnet-b0)
+        readers=() CACHE=${CACHE-$OUT/frames}
+        ;;
     paper) # every setting is the scripts' default; CLADA starts from FastCUT-L5's task model
-        FID_WEIGHTS=${FID_WEIGHTS:-published}
         translate=400000 segment=120000 head_start=2000 adapt=18000 start=fastcut_l5
         common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
         ;;
-    *) fail "SETTINGS is $SETTINGS: paper or demo" ;;
+    *) fail "SETTINGS is $SETTINGS: paper, small or demo" ;;
 esac
+FID_WEIGHTS=${FID_WEIGHTS:-published}
 common+=(--seed "$SEED")
 [ -z "${CACHE:-}" ] || common+=(--cache "$CACHE")
 exclude=()

@@ -68,9 +68,11 @@ def run_script(main):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on an exception would be a traceback
         for child in multiprocessing.active_children():  # workers ignore signals, and the exit would wait for them
             child.kill()
-    if is_collective and dist.is_initialized():
-        # Else gloo's threads sometimes abort the interpreter. After an error this could block; others notice the exit.
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        if is_collective:  # after an error this could block; the others notice the exit
+            dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status or 0)  # gloo's threads now and then abort a shutdown of the interpreter, even of a destroyed group
     if status:
         sys.exit(status)
 

@@ -330,8 +330,8 @@ def test_mistakes_get_one_line(name, words, message, pair, tmp_path):
         ({"SOURCE": "a"}, "set both SOURCE and TARGET"),
         ({"METHODS": "pix2pix"}, "METHODS contains pix2pix"),
         ({"ITERATIONS_SCALE": "-1"}, "ITERATIONS_SCALE is -1"),
-        ({"SETTINGS": "paper"}, "without SOURCE and TARGET"),
-        ({"SOURCE": "a", "TARGET": "b", "SETTINGS": "large"}, "SETTINGS is large: paper or demo"),
+        ({"SETTINGS": "small"}, "without SOURCE and TARGET"),
+        ({"SOURCE": "a", "TARGET": "b", "SETTINGS": "large"}, "SETTINGS is large: paper, small or demo"),
     ],
 )
 def test_run_all_says_what_is_wrong(environment, message, tmp_path):
@@ -339,20 +339,21 @@ def test_run_all_says_what_is_wrong(environment, message, tmp_path):
     assert result.returncode == 2 and message in result.stderr
 
 
-def test_the_demos_settings_on_given_data(pair, tmp_path):
-    """Every task model takes as many steps as CLADA does in all, with the steps before stage 4."""
-    given = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "SETTINGS": "demo", "METHODS": "fastcut_l5"}
-    environment = given | {"OUT": str(tmp_path), "PYTHON": str(served.python()), "ITERATIONS_SCALE": "0.01667"}
-    result = run("bash", ROOT / "run_all.sh", **environment)
+@pytest.mark.parametrize("settings_", ["demo", "small"])
+def test_smaller_settings_on_given_data(settings_, pair, tmp_path):
+    given = {"SOURCE": str(pair / "source"), "TARGET": str(pair / "target"), "SETTINGS": settings_, "METHODS": "fastcut_l5"}
+    given |= {"OUT": str(tmp_path), "PYTHON": str(served.python()), "FID_WEIGHTS": "random"}
+    given |= {"SEGMENTER_ARGS": "--encoder-weights none", "ITERATIONS_SCALE": "0.01667" if settings_ == "demo" else "0.0005"}
+    result = run("bash", ROOT / "run_all.sh", **given)
     assert result.returncode == 0, result.stderr
     trained = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*ers/*/args.json")}
     steps = {name: args["iterations"] for name, args in trained.items() if "method" not in args}
-    assert steps["clada"] == steps["control"] == steps["no_target"] and steps["clada_start"] > 0
-    head_start = trained["clada"]["head_start"]
-    assert {steps[name] for name in ("source_only", "fastcut_l5", "oracle")} == {
-        steps["clada_start"] + steps["clada"] - head_start
-    }
-    assert trained["clada"]["segmenter"] == trained["control"]["segmenter"] == str(tmp_path / "segmenters" / "clada_start")
+    whole = {steps[name] for name in ("source_only", "fastcut_l5", "oracle")}
+    assert steps["clada"] == steps["control"] == steps["no_target"] and len(whole) == 1
+    start = "clada_start" if settings_ == "demo" else "fastcut_l5"
+    if settings_ == "demo":  # every task model takes as many steps as CLADA does in all, with the steps before stage 4
+        assert whole == {steps["clada_start"] + steps["clada"] - trained["clada"]["head_start"]}
+    assert trained["clada"]["segmenter"] == trained["control"]["segmenter"] == str(tmp_path / "segmenters" / start)
     models = ["Source Only", "FastCUT-L5", "control without target", "control", "CLADA", "Oracle"]
     assert [row["model"] for row in table(tmp_path / "results" / "table2.csv")] == models
 
