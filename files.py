@@ -83,6 +83,15 @@ def clear_parts(folder):
         leftover.unlink(missing_ok=True)
 
 
+def open_cache(folder):
+    """Create the folder of --cache. Warns if it is not writable."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        clear_parts(folder)
+    else:
+        log.warning("--cache %s: not writable, so nothing is kept there", folder)
+
+
 def lock(folder, wait=False):
     """Lock a folder against other processes until the returned file is closed or this process ends.
 

@@ -1,13 +1,11 @@
 """Networks of CLADA: translator, its discriminator and projection heads; task model and feature discriminator.
 
-Self-contained: depends on torch, and for `UNet` on efficientnet-pytorch. Import it; it is not a script.
+Self-contained: depends on torch, and for `UNet` on efficientnet-pytorch. G, D and H are those of the paper's equations.
 
-    generator = ResnetGenerator()                            # stage 1: G; its first half is G_enc of the PatchNCE loss
+    generator = ResnetGenerator()                            # stage 1: G; PatchDiscriminator is D, PatchProjector H
     image, features = generator(x, return_features=True)     # x: (B, 3, H, W) in [-1, 1]
     logits = UNet(encoder="efficientnet-b3")(photo)          # stages 3 and 4: the task model; photo: (B, 3, H, W) in [0, 1]
     generator = load_network("RUN")                          # the network of a finished run
-
-In the paper's equations G is `ResnetGenerator`, D `PatchDiscriminator`, H `PatchProjector`.
 """
 
 import os
@@ -140,9 +138,9 @@ class ResnetGenerator(nn.Module):
     """Translator G of stage 1. Its first half is the encoder G_enc of the PatchNCE loss.
 
     generator(x): (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, H, W) in [-1, 1]; any H, W >= 16, else ValueError.
-    generator(x, return_features=True) -> (image, features); generator.encode(x) -> features. The features are the five
-    layers of Park et al. 2020: the pixels, the outputs of the first and second downsampling convolution (before their
-    norm), the outputs of the first and fifth residual block. `feature_channels` lists their channels.
+    generator(x, return_features=True) -> (image, features); generator.encode(x) -> features: the five layers of Park et al.
+    2020 (the pixels, the outputs of both downsampling convolutions before their norm, of the first and of the fifth residual
+    block). `feature_channels` lists their channels.
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.

@@ -93,7 +93,7 @@ fi
 case $SETTINGS in
     demo) # everything smaller, for two cores in minutes; every task model of table 2 gets as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
-        translate=450 segment=480 head_start=140 adapt=60 start=clada_start
+        translate=450 segment=480 head_start=140 adapt=60 start=clada_start frame_kib=64
         common=(--workers 0 --log-every 10)
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
         segmenter=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
@@ -102,7 +102,7 @@ case $SETTINGS in
         readers=(--workers 0)
         ;;
     small) # in between; CLADA starts from FastCUT-L5's task model, as with the paper's settings
-        translate=6000 segment=4000 head_start=400 adapt=600 start=fastcut_l5
+        translate=6000 segment=4000 head_start=400 adapt=600 start=fastcut_l5 frame_kib=256
         common=(--save-every 500)
         translator=(--width 512 --crop-size 256 --base-channels 32)
         segmenter=(--width 512 --crop-size 256 --batch-size 4)
@@ -111,14 +111,16 @@ case $SETTINGS in
         readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     paper) # every setting is the scripts' default; CLADA starts from FastCUT-L5's task model
-        translate=400000 segment=120000 head_start=2000 adapt=18000 start=fastcut_l5
+        translate=400000 segment=120000 head_start=2000 adapt=18000 start=fastcut_l5 frame_kib=1024
         common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     *) fail "SETTINGS is $SETTINGS: paper, small or demo" ;;
 esac
 FID_WEIGHTS=${FID_WEIGHTS:-published}
 common+=(--seed "$SEED")
-[ -z "${CACHE:-}" ] || common+=(--cache "$CACHE")
+cache=()
+[ -z "${CACHE:-}" ] || cache=(--cache "$CACHE")
+common+=("${cache[@]}")
 exclude=()
 if [ -n "${EXCLUDE:-}" ]; then
     [ -f "$EXCLUDE" ] || fail "EXCLUDE is $EXCLUDE: no such file"
@@ -246,11 +248,12 @@ else
     [ $oracle = no ] || train_segmenter oracle "$TARGET" $segment --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
-    # A frame of 1024x563 takes about 1 MiB as PNG, translated or resized; checkpoints and weights about 1 GiB per method.
+    # Of a frame, translated or resized, frame_kib are PNG; checkpoints and weights take at most 1 GiB per method.
     count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
     frames=$(count "$(photos_of "$SOURCE" train)") kept=0 free=$(df -Pk "$OUT" | awk 'NR == 2 { print int($4 / 1024) }')
     [ -z "${CACHE:-}" ] || kept=$((frames + $(count "$(photos_of "$TARGET" "$TARGET_SPLITS")")))
-    needed=$((($(wc -w <<<"$METHODS")) * (frames + 1024) + kept + 2048))
+    translators=$(wc -w <<<"$METHODS")
+    needed=$(((translators * frames + kept) * frame_kib / 1024 + translators * 1024 + 2048))
     held=$({ du -sk "$OUT" 2>/dev/null || true; } | awk '{ print int($1 / 1024) }') # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi
@@ -279,7 +282,8 @@ for method in $METHODS; do
         train_translator "$method"
     fi
     title "Stage 2: the source set through $model"
-    run_on_all translate_dataset.py --source "$SOURCE" "${from[@]}" --out "$OUT/translated/$method" "${readers[@]}" "${exclude[@]}"
+    run_on_all translate_dataset.py --source "$SOURCE" "${from[@]}" --out "$OUT/translated/$method" \
+        "${readers[@]}" "${cache[@]}" "${exclude[@]}"
     distance "$method" "$OUT/translated/$method/images"
     title "Stage 3: the task model on $model's translations"
     train_segmenter "$method" "$OUT/translated/$method" $segment

@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import signal
 import statistics
 import sys
@@ -141,11 +140,7 @@ class Run:
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
         if self.args.cache:  # each machine may have its own
-            self.args.cache.mkdir(parents=True, exist_ok=True)
-            if os.access(self.args.cache, os.W_OK):
-                files.clear_parts(self.args.cache)
-            else:
-                log.warning("--cache %s: not writable, so nothing is kept there", self.args.cache)
+            files.open_cache(self.args.cache)
         runtime.barrier()
         if self.checkpoint.is_file():
             self._load()

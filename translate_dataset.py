@@ -12,6 +12,7 @@ interrupted run.
 import itertools
 import logging
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def parse_args():
     add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: of the translations (default 1024)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
+    add("--cache", type=runtime.path, metavar="DIR", help="the trainers' --cache of resized frames: read and fill it here, too")
     runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
     args = parser.parse_args()
@@ -58,11 +60,12 @@ def parse_args():
 class ResizedPairs(Dataset):
     """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`.
 
-    transfer: a colours.ColourTransfer that the image goes through, or None.
+    transfer: a colours.ColourTransfer that the image goes through, or None. cache: as for data.load_at_width.
     """
 
-    def __init__(self, frames, width, classes, transfer):
-        self.frames, self.width, self.classes, self.transfer = frames, width, classes, transfer
+    def __init__(self, frames, width, classes, transfer, cache):
+        self.frames, self.width, self.transfer, self.cache = frames, width, transfer, cache
+        self.load_label_ids = partial(data.load_label_ids, classes=classes)
 
     def __len__(self):
         return len(self.frames)
@@ -72,12 +75,12 @@ class ResizedPairs(Dataset):
 
     def __getitem__(self, i):
         frame = self.frames[i]
-        image = data.load_at_width(frame.image, self.width).as_subclass(torch.Tensor)
+        image = data.load_at_width(frame.image, self.width, cache=self.cache).as_subclass(torch.Tensor)
         if self.transfer:
             image = self.transfer(frame.name, image)
         if frame.label is None:
             return frame.name, image, None
-        ids = data.resize_to_width(data.load_label_ids(frame.label, self.classes), self.width)
+        ids = data.load_at_width(frame.label, self.width, self.load_label_ids, self.cache)
         return frame.name, image, ids.as_subclass(torch.Tensor)
 
 
@@ -150,7 +153,7 @@ def translate_batches(translator, batches, classes, args):
         loading.progress(len(frames), args.out) as bar,
         files.writers(WRITERS) as submit,
     ):
-        pairs = ResizedPairs(frames, translator.width, classes, translator.transfer)
+        pairs = ResizedPairs(frames, translator.width, classes, translator.transfer, args.cache)
         for batch in loading.batches(pairs, indices, args.workers, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
@@ -175,6 +178,8 @@ def load_translator(args, exclude, device, precision):
 def main():
     args = parse_args()
     files.check_out(args.out, *args.source, args.translator, args.colours_of)
+    if args.cache:
+        files.check_out(args.cache, *args.source, args.translator, args.colours_of, flag="--cache")
     exclude = data.read_names(args.exclude)
     if args.unlabelled:
         frames = data.list_images(args.source, args.split, exclude)
@@ -198,6 +203,8 @@ def main():
         "batch_size": args.batch_size,
         "precision": precision,
     }
+    if args.cache:
+        files.open_cache(args.cache)
     open_out(args, settings, frames)
 
     # Shard before skipping finished frames, so that a resumed run batches exactly as an uninterrupted one.

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import served
@@ -55,6 +56,13 @@ def run(*words, **environment):
 
 def script(name, *words, **environment):
     return run(served.python(), ROOT / name, *words, **environment)
+
+
+def torchrun(*words, nproc=2, restarts=0, python=None, **environment):
+    """A script in several processes; python: an interpreter that has imported nothing yet."""
+    options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", nproc, "--max-restarts", restarts]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--no-python", python or served.python()]
+    return run(*command, *words, **environment)
 
 
 def table(path):

@@ -24,6 +24,8 @@ import threading
 import traceback
 from pathlib import Path
 
+import torch
+
 CLIENT = """#!{python} -ES
 import json, os, signal, socket, sys
 if len(sys.argv) < 2 or not sys.argv[1].endswith(".py"):
@@ -110,10 +112,13 @@ def _become(words, environment, folder, streams):
     os.environ.clear()
     os.environ |= environment
     os.chdir(folder)
-    for path in environment.get("PYTHONPATH", "").split(":"):
+    paths = [path for path in environment.get("PYTHONPATH", "").split(":") if path]
+    for path in paths:
         if os.path.isfile(hook := os.path.join(path, "sitecustomize.py")):  # which an interpreter would run at its start
             runpy.run_path(hook)
-    sys.argv, sys.path[0:2] = words, [os.path.dirname(os.path.abspath(words[0]))]
+    sys.argv, sys.path[0:2] = words, [os.path.dirname(os.path.abspath(words[0])), *paths]
+    if "OMP_NUM_THREADS" in environment:  # which is otherwise read as torch is imported
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     status = 0
     try:
         runpy.run_path(words[0], run_name="__main__")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import served
 import torch
-from commands import ROOT, run, script
+from commands import ROOT, run, script, torchrun
 from PIL import Image
 
 import data
@@ -106,8 +106,7 @@ def test_a_label_with_unknown_ids_ends_training_within_seconds(pair, runs, tmp_p
 @pytest.mark.parametrize("name", ["train_translator.py", "evaluate.py"])
 def test_a_damaged_frame_ends_all_processes_of_a_run(damaged, runs, tmp_path, name):
     began = time.monotonic()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2]
-    result = run(sys.executable, *launcher, ROOT / name, *commands(damaged, runs, tmp_path)[name], OMP_NUM_THREADS="1")
+    result = torchrun(ROOT / name, *commands(damaged, runs, tmp_path)[name], OMP_NUM_THREADS="1")
     assert result.returncode == 1 and "truncated" in result.stderr and time.monotonic() - began < 90
 
 

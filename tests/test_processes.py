@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from commands import MEASURED, ROOT, assert_same_outputs, run, script, table
+from commands import MEASURED, ROOT, assert_same_outputs, run, script, table, torchrun
 
 import models
 
@@ -52,11 +52,6 @@ runtime.run_script(main)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def torchrun(*words, nproc=2, restarts=0, **environment):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--max-restarts", restarts]
-    return run(sys.executable, *command, *words, **environment)
-
-
 def trainer(kind, pair, out, *words):
     """The script's name and the arguments of a tiny run."""
     domains = ["--source", pair / "source", "--target", pair / "target"]
@@ -71,17 +66,17 @@ def trainer(kind, pair, out, *words):
 
 def test_two_processes_are_one_with_twice_the_batch(pair, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
-    for name, batch, start in (("one", 2, run), ("two", 1, torchrun)):
-        words = ("--iterations", 10, "--batch-size", batch, "--log-every", 5, "--precision", "fp32", "--lr", 1e-5)
-        frozen = ("--freeze-iterations", 4)
+    for name, batch, processes in (("one", 2, 1), ("two", 1, 2)):
+        words = ("--iterations", 6, "--batch-size", batch, "--log-every", 3, "--precision", "fp32", "--lr", 1e-5)
+        frozen = ("--freeze-iterations", 2)
         todo = [trainer(kind, pair, tmp_path / name, *words, *(frozen * (kind == "segmenter"))) for kind in KINDS]
-        command = [sys.executable] if start is run else []
-        result = start(*command, tmp_path / "driver.py", json.dumps(todo), PYTHONPATH=str(ROOT), **ONE_THREAD)
+        words = [tmp_path / "driver.py", json.dumps(todo)]
+        result = torchrun(*words, nproc=processes, python=sys.executable, PYTHONPATH=str(ROOT), **ONE_THREAD)
         assert result.returncode == 0, result.stderr
         assert "Grad strides do not match" not in result.stderr
     for kind in KINDS:
         one, two = (torch.load(tmp_path / name / kind / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
-        assert one["iteration"] == two["iteration"] == 10
+        assert one["iteration"] == two["iteration"] == 6
         for part, state in one["state"].items():
             if not part.startswith(("opt", "pool", "gate")):
                 for key, expected in state.items():
@@ -148,7 +143,7 @@ def trained(pair, tmp_path_factory):
     return out
 
 
-def test_stage_2_in_two_processes_writes_the_same_bytes(pair, trained, tmp_path):
+def test_stage_2_in_two_processes_or_with_a_cache_writes_the_same_bytes(pair, trained, tmp_path):
     words = ["--source", pair / "source", "--translator", trained / "cut", "--workers", 0, "--device", "cpu", "--out"]
     one = script("translate_dataset.py", *words, tmp_path / "one", **ONE_THREAD)
     assert one.returncode == 0, one.stderr
@@ -161,6 +156,10 @@ def test_stage_2_in_two_processes_writes_the_same_bytes(pair, trained, tmp_path)
     result = torchrun(ROOT / "translate_dataset.py", *words, tmp_path / "two")
     assert result.returncode == 0, result.stderr
     assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 2 * 4
+    for out in ("three", "four"):  # a cache of resized frames is filled, then read
+        again = script("translate_dataset.py", *words, tmp_path / out, "--cache", tmp_path / "cache", **ONE_THREAD)
+        assert again.returncode == 0 and len(list((tmp_path / "cache").iterdir())) == 2 * 4, again.stderr
+        assert_same_outputs(tmp_path / "one", tmp_path / out)
 
 
 def test_predictions_in_two_processes_are_the_same(pair, trained, tmp_path):
