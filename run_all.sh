@@ -91,9 +91,9 @@ else
     if [ "$SETTINGS" = demo ]; then OUT=${OUT:-runs/quick}; else OUT=${OUT:-runs/$SETTINGS}; fi
 fi
 case $SETTINGS in
-    demo) # everything smaller, for two cores in minutes; every task model of table 2 gets as many steps as CLADA in all
+    demo) # everything smaller, for two cores in minutes; Source Only and Oracle take as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
-        translate=450 segment=480 head_start=140 adapt=60 start=clada_start frame_kib=64
+        translate=450 bounds=480 segment=420 head_start=140 adapt=60 frame_kib=64
         common=(--workers 0 --log-every 10)
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
         segmenter=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
@@ -101,8 +101,8 @@ case $SETTINGS in
         segmenter+=(--encoder efficientnet-b0 --encoder-weights none --lr 4e-3)
         readers=(--workers 0)
         ;;
-    small) # in between; CLADA starts from FastCUT-L5's task model, as with the paper's settings
-        translate=6000 segment=4000 head_start=400 adapt=600 start=fastcut_l5 frame_kib=256
+    small) # in between
+        translate=6000 bounds=4000 segment=4000 head_start=400 adapt=600 frame_kib=256
         common=(--save-every 500)
         translator=(--width 512 --crop-size 256 --base-channels 32)
         segmenter=(--width 512 --crop-size 256 --batch-size 4)
@@ -110,8 +110,8 @@ case $SETTINGS in
         segmenter+=(--encoder efficientnet-b0)
         readers=() CACHE=${CACHE-$OUT/frames}
         ;;
-    paper) # every setting is the scripts' default; CLADA starts from FastCUT-L5's task model
-        translate=400000 segment=120000 head_start=2000 adapt=18000 start=fastcut_l5 frame_kib=1024
+    paper) # every setting is the scripts' default
+        translate=400000 bounds=120000 segment=120000 head_start=2000 adapt=18000 frame_kib=1024
         common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     *) fail "SETTINGS is $SETTINGS: paper, small or demo" ;;
@@ -185,7 +185,7 @@ train_segmenter() { # NAME DATA ITERATIONS [ARG...]
 adapt_features() { # NAME [ARG...]
     local alone && alone=$(scaled $head_start)
     run_on_all adapt_features.py --source "$OUT/translated/fastcut_l5" --target "$TARGET" --target-splits "$TARGET_SPLITS" \
-        --segmenter "$OUT/segmenters/$start" --out "$OUT/segmenters/$1" --iterations $((alone + $(scaled $adapt))) \
+        --segmenter "$OUT/segmenters/fastcut_l5" --out "$OUT/segmenters/$1" --iterations $((alone + $(scaled $adapt))) \
         --head-start "$alone" "${common[@]}" "${adapter[@]}" "${@:2}"
 }
 evaluate() { # MODEL NAME
@@ -244,8 +244,8 @@ else
         echo "TARGET=$TARGET: no labelled val split there. Left out: the Oracle, scores, tables 2 and 3; figure 4 becomes predictions"
     fi
     for method in $METHODS; do train_translator "$method" --check; done
-    train_segmenter source_only "$SOURCE" $segment --check
-    [ $oracle = no ] || train_segmenter oracle "$TARGET" $segment --check
+    train_segmenter source_only "$SOURCE" $bounds --check
+    [ $oracle = no ] || train_segmenter oracle "$TARGET" $bounds --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
     # Of a frame, translated or resized, frame_kib are PNG; checkpoints and weights take at most 1 GiB per method.
@@ -259,11 +259,11 @@ else
 fi
 
 title "Stage 3: Source Only, the lower bound"
-train_segmenter source_only "$SOURCE" $segment
+train_segmenter source_only "$SOURCE" $bounds
 evaluate "Source Only" source_only
 if [ $oracle = yes ]; then
     title "Stage 3: Oracle, the upper bound"
-    train_segmenter oracle "$TARGET" $segment
+    train_segmenter oracle "$TARGET" $bounds
     evaluate Oracle oracle
 fi
 title "Distance of source and target"
@@ -297,10 +297,6 @@ if [ -n "$METHODS" ]; then
 fi
 
 if [[ " $METHODS " == *" fastcut_l5 "* ]]; then
-    if [ $start != fastcut_l5 ]; then
-        title "Stage 3: the task model that CLADA starts from, without the steps of stage 4"
-        train_segmenter $start "$OUT/translated/fastcut_l5" $((segment - adapt))
-    fi
     title "Stage 4: CLADA, the task model on FastCUT-L5's translations fine-tuned against a feature discriminator"
     adapt_features clada
     evaluate CLADA clada
