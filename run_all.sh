@@ -104,10 +104,10 @@ case $SETTINGS in
     small) # in between
         translate=6000 bounds=4000 segment=4000 head_start=400 adapt=600 frame_kib=256
         common=(--save-every 500)
-        translator=(--width 512 --crop-size 256 --base-channels 32)
+        translator=(--width 512 --crop-size 256 --base-channels 32 --antialias --colour-transfer)
         segmenter=(--width 512 --crop-size 256 --batch-size 4)
-        adapter=("${segmenter[@]}")
-        segmenter+=(--encoder efficientnet-b0)
+        adapter=("${segmenter[@]}" --lr 1e-4 --discriminator-lr 1e-3)
+        segmenter+=(--encoder efficientnet-b0 --lr 5e-4)
         readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     paper) # every setting is the scripts' default

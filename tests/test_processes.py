@@ -12,7 +12,6 @@ from commands import MEASURED, ROOT, assert_same_outputs, run, script, table, to
 import models
 
 SMALL = ["--device", "cpu", "--width", 128, "--crop-size", 64, "--workers", 0]
-pytestmark = pytest.mark.xdist_group("processes")
 KINDS = ("cut", "fastcut", "fastcut_l5", "cyclegan", "segmenter", "adaptation")
 
 # Trainers one after the other in one process, in float64 by plain descent: float32 rounds gradients to a hundredth where a
