@@ -5,7 +5,7 @@
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
 #   SOURCE=gta5 TARGET=photos METHODS=fastcut_l5 bash run_all.sh     # CLADA alone, on a folder of photographs without labels
 #   SETTINGS=small SOURCE=... TARGET=... bash run_all.sh    # smaller networks: one consumer GPU, or two CPU cores in a night
-#   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's tiny networks and short training, minutes
+#   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's tiny networks: minutes for a few hundred frames
 #   bash run_all.sh test                                   # the tests
 #
 # Run again, it skips what is finished and resumes what is not. Variables, all optional:

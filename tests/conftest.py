@@ -18,7 +18,11 @@ settings.register_profile("tests", derandomize=True, deadline=None, max_examples
 settings.load_profile("tests")
 
 
+LONGEST = "test_run_all.py", "test_bug_reports.py", "test_processes.py", "test_faults.py"  # one process takes a file as a whole
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -100,8 +100,8 @@ EXPERIMENT = (  # name, number of steps or frames, batch size, the result that t
     ("stage 3, five models, then", 5 * 80_000, 8, ("E", "stage 3 bf16, as trained"), ("F", "stage 3, --cache")),
     ("stage 4, CLADA and controls", 3 * 20_000, 4, ("E", "stage 4 bf16, as trained"), ("F", "stage 4, --cache")),
     ("stage 2, three translators", 3 * 24_966, 0, None, ("H", "stage 2")),
-    ("FID of source, three translations and target", 4 * 24_966 + 2_975, 0, None, ("I", "FID's features")),
-    ("scores of seven models, at stage 2's rate", 7 * 500, 0, None, ("H", "stage 2")),
+    ("FID of source, the same resized, three translations and target", 5 * 24_966 + 2_975, 0, None, ("I", "FID's features")),
+    ("scores of eight models, at stage 2's rate", 8 * 500, 0, None, ("H", "stage 2")),
 )
 
 
