@@ -19,6 +19,7 @@
 #   NPROC              processes per stage, by torchrun, one per GPU; batch sizes are per process (1)
 #   TARGET_SPLITS      Cityscapes splits whose photographs stages 1 and 4 and FID use, e.g. train,train_extra (train)
 #   CACHE              folder for resized frames, which decode faster (paper, small: OUT/frames, up to 1 MiB per frame; empty: none)
+#   WORKERS            processes that load images, of each process (demo: 0; else one per core, at most 16)
 #   EXCLUDE            file with names of frames to leave out, one per line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; else published)
 #   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage, quoted as in a shell
@@ -118,6 +119,7 @@ case $SETTINGS in
 esac
 FID_WEIGHTS=${FID_WEIGHTS:-published}
 common+=(--seed "$SEED")
+[ -z "${WORKERS:-}" ] || common+=(--workers "$WORKERS") readers+=(--workers "$WORKERS")
 cache=()
 [ -z "${CACHE:-}" ] || cache=(--cache "$CACHE")
 common+=("${cache[@]}")

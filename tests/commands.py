@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = "SOURCE TARGET TARGET_SPLITS ORACLE SETTINGS OUT METHODS SEED NPROC ITERATIONS_SCALE FID_WEIGHTS".split()
-VARIABLES += "TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
+VARIABLES += "WORKERS TRANSLATOR_ARGS SEGMENTER_ARGS ADAPT_ARGS".split()
 MEASURED_FILES = (".lock", ".finished", "times.csv", "index.html")  # the page holds times
 MEASURED = ("seconds_per_iteration", "wait_seconds", "peak_memory_mib")
 

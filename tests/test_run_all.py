@@ -26,8 +26,8 @@ SMALL = "--device cpu --width 128 --log-every 1"
 
 def settings(pair, out, workers):
     """The paper's path through run_all.sh, two iterations a stage."""
-    small = f"{SMALL} --workers {workers}"
     return {
+        "WORKERS": str(workers),
         "SOURCE": str(pair / "source"),
         "TARGET": str(pair / "target"),
         "OUT": str(out),
@@ -36,9 +36,9 @@ def settings(pair, out, workers):
         "FID_WEIGHTS": "random",
         "TARGET_SPLITS": "train,val",
         "ITERATIONS_SCALE": "0.000005",
-        "TRANSLATOR_ARGS": f"--base-channels 4 --crop-size 64 {small}",
-        "SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none --batch-size 2 --crop-size 64x128 {small}",
-        "ADAPT_ARGS": f"--batch-size 2 --crop-size 64x128 {small}",
+        "TRANSLATOR_ARGS": f"--base-channels 4 --crop-size 64 {SMALL}",
+        "SEGMENTER_ARGS": f"--encoder efficientnet-b0 --encoder-weights none --batch-size 2 --crop-size 64x128 {SMALL}",
+        "ADAPT_ARGS": f"--batch-size 2 --crop-size 64x128 {SMALL}",
     }
 
 
