@@ -125,10 +125,9 @@ class UpsampleConv2d(nn.Conv2d):
 class ResnetBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))) with 3x3 convolutions: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels):
+    def __init__(self, c):
         super().__init__()
-        first, second = (ReflectConv2d(channels, channels, 3) for _ in range(2))
-        self.block = nn.Sequential(first, *norm_relu(channels), second, InstanceNorm2d(channels))
+        self.block = nn.Sequential(ReflectConv2d(c, c, 3), *norm_relu(c), ReflectConv2d(c, c, 3), InstanceNorm2d(c))
 
     def forward(self, x):
         return x + self.block(x)
@@ -189,8 +188,7 @@ class ResnetGenerator(nn.Module):
         x = self.blocks[5:](features[-1])
         # Explicit output sizes: with a fixed output padding, odd sizes would come out shifted or cropped.
         x = self.up1_norm(self.up1(x, output_size=((height + 1) // 2, (width + 1) // 2)))
-        x = self.up2_norm(self.up2(x, output_size=(height, width)))
-        x = self.head(x)
+        x = self.head(self.up2_norm(self.up2(x, output_size=(height, width))))
         if self.residual:
             x = x + torch.atanh(0.98 * features[0])  # 0.98: finite where the input is black or white
         return torch.tanh(x)
@@ -262,10 +260,9 @@ def init_normal(network):
 class UNet(nn.Module):
     """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32.
 
-    encoder: efficientnet-b0 to efficientnet-b7. encoder_weights: None (random), "imagenet" (downloaded from
-    efficientnet-pytorch's address), or the path of a file in that package's format. ValueError if they do not load.
-    unet(x, return_features=True) -> (logits, features), a dict of ten maps: "encoder1" (stride 2) to "encoder5" (stride
-    32), "decoder1" (stride 16) to "decoder5" (stride 1); channels in `feature_channels`. ImageNet's normalisation is built in.
+    encoder: efficientnet-b0 to -b7. encoder_weights: None (random), "imagenet" (downloaded), or a file of efficientnet-pytorch;
+    ValueError if they do not load. ImageNet's normalisation is built in. unet(x, return_features=True) -> (logits,
+    features), ten maps: "encoder1" (stride 2) to "encoder5" (32), "decoder1" (16) to "decoder5" (1); see `feature_channels`.
     """
 
     DECODER_CHANNELS = (256, 128, 64, 32, 16)  # (ours; segmentation_models.pytorch's, see docs/differences.md)
@@ -275,8 +272,7 @@ class UNet(nn.Module):
         self.arguments = dict(num_classes=num_classes, encoder=encoder)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-        self.encoder = efficientnet(encoder, encoder_weights)
-        self.encoder_frozen = False
+        self.encoder, self.encoder_frozen = efficientnet(encoder, encoder_weights), False
         blocks = self.encoder._blocks
         self.strided = [i for i, block in enumerate(blocks) if block._depthwise_conv.stride == (2, 2)]
         skips = [blocks[i - 1]._project_conv.out_channels for i in (*self.strided, len(blocks))]  # at strides 2, 4, 8, 16, 32
@@ -379,10 +375,9 @@ class FeatureDiscriminator(nn.Sequential):
 
 
 def network_state(network, width, classes=None, colours=None):
-    """Content of weights.pt: a ResnetGenerator or a UNet, the width in pixels and the table of classes of its training frames,
-    and the state of the ColourTransfer that was applied to them."""
-    extras = dict(width=width, classes=classes, colours=colours)
-    return dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict(), **extras)
+    """Content of weights.pt: a ResnetGenerator or UNet; the width, classes and ColourTransfer state of its training frames."""
+    state = dict(network=type(network).__name__, arguments=network.arguments, state_dict=network.state_dict())
+    return state | dict(width=width, classes=classes, colours=colours)
 
 
 def load_network(path, expected=None, device="cpu"):
