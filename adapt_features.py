@@ -28,6 +28,7 @@ import files
 import models
 import runtime
 import training
+from check_data import check_frames
 from losses import discriminator_loss, gan_loss, segmentation_loss
 from optimization import GraphedStep, adam, backward_and_step, constant_then_linear, set_learning_rate, synchronise_batchnorm
 
@@ -174,7 +175,7 @@ def main():
     run = training.Run(args)
     exclude = data.read_names(args.exclude)
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
-    data.check_frames(target, args.width, args.crop_size)
+    check_frames(target, args.width, args.crop_size)
     if args.check:  # not --source and --segmenter: stages 2 and 3 may not have run yet
         run.print_check()
         return
@@ -183,7 +184,7 @@ def main():
     args.weights_of_segmenter = files.digest(weights)
     if run.is_finished(source=source, target=target):
         return
-    data.check_frames(source, args.width, args.crop_size)
+    check_frames(source, args.width, args.crop_size)
     parts = build(args, weights, source.classes, run.device)
     content = lambda: models.network_state(parts["segmenter"], args.width, source.classes.rows)  # noqa: E731
     run.restore(content, **parts)

@@ -1,8 +1,6 @@
 """Data sets: labelled frames of a game (GTA5, the source) and photographs of streets (Cityscapes, the target).
 
-Self-contained: depends only on numpy, pillow, torch and torchvision. As a script, it describes and checks a data set:
-
-    python data.py DIR [--split train] [--unlabelled] [--exclude FILE] [--check-data]
+Self-contained: depends only on numpy, pillow, torch and torchvision. The command that checks a data set is check_data.py.
 
 Two layouts, recognised by their folders (Richter et al. 2016; Cordts et al. 2016):
     GTA5        DIR/images/NAME.{png,jpg}  DIR/labels/NAME.png
@@ -11,7 +9,6 @@ Where labels are not read, any other folder with PNG or JPEG files in it or belo
 label ids (0 to 33), or those of DIR/classes.csv (`read_classes`). Training and evaluation use train ids and VOID (255).
 """
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -19,9 +16,7 @@ import logging
 import math
 import os
 import re
-import signal
-import sys
-from collections import Counter, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
@@ -139,9 +134,10 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     exclude: names of frames to leave out (read_names). Pairs in GTA5's layout whose image and label differ in size are left
     out too (about sixty in GTA5, 20801 to 20860). Logs how many are left out. Raises ValueError for any other problem.
     """
-    frames, problems = _match_files(Path(root), split, labelled, exclude)
+    frames, problems = match_files(Path(root), split, labelled, exclude)
     if problems:
-        raise ValueError(problems[0] + f" (and {len(problems) - 1} more: see data.py DIR --check-data)" * (len(problems) > 1))
+        more = f" (and {len(problems) - 1} more: see check_data.py DIR --check-data)" if problems[1:] else ""
+        raise ValueError(problems[0] + more)
     with ThreadPoolExecutor(16) as pool:  # reading headers mostly waits
         sizes = [*pool.map(_sizes, frames)]
     differing = [frame for frame, (size, label_size) in zip(frames, sizes) if size != label_size]
@@ -151,7 +147,7 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     frames[:] = [frame._replace(size=size) for frame, (size, label_size) in zip(frames, sizes) if size == label_size]
     if not frames:
         raise ValueError(f"{root}: no image (.png, .jpg) to use; {len(frames.left_out)} left out")
-    if unmatched := sorted({*exclude} - {*map(_bare_name, frames.left_out)}):
+    if unmatched := sorted({*exclude} - {*map(bare_name, frames.left_out)}):
         log.warning("%s: %d excluded names match no frame: %s", root, len(unmatched), first_few(unmatched))
     for reason in dict.fromkeys(frames.left_out.values()):
         names = [name for name, why in frames.left_out.items() if why == reason]
@@ -159,47 +155,7 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     return frames
 
 
-def list_images(paths, split="val", exclude=()):
-    """Find the images of folders, as list_frames does without labels, and single image files -> FrameList."""
-    frames = FrameList()
-    for path in map(Path, paths):
-        if path.is_dir():
-            listed = list_frames(path, split, labelled=False, exclude=exclude)
-            frames += listed
-            frames.left_out |= listed.left_out
-        elif _bare_name(path.name) in exclude:
-            frames.left_out[path.stem] = "excluded"
-        else:
-            frames.append(Frame(path.stem, path, None, _read(path, header_only=True)[0]))
-    if repeated := [name for name, count in Counter(frame.name for frame in frames).items() if count > 1]:
-        raise ValueError(f"images must have different names: {first_few(repeated)}")
-    return frames
-
-
-def check_frames(frames, width=None, crop=None):
-    """Raise ValueError if frames are smaller at `width` than `crop` (height, width) or 16x16, or if all labels are void."""
-    too_small, (least_h, least_w) = [], crop or (16, 16)  # the generator needs 16
-    for frame in frames:
-        w = width or frame.size[0]
-        h = max(1, round(frame.size[1] * w / frame.size[0]))  # as in resize_to_width
-        if h < least_h or w < least_w:
-            too_small.append(f"{frame.image}: {w}x{h}{f' at --width {width}' if width else ''}")
-    if too_small:
-        least = f"the crop of {least_h}x{least_w} (HxW): lower --crop-size" if crop else "the minimum of 16x16"
-        raise ValueError(f"{too_small[0]}, smaller than {least} ({len(too_small)} of {len(frames)} frames)")
-    ids, labels = set(), [frame.label for frame in frames if frame.label]
-    for label in labels:  # usually the first one settles it
-        ids.update(load_label_ids(label, frames.classes).unique().tolist())
-        is_void = all(frames.classes.train_ids[i] == VOID for i in ids)
-        if not is_void and (ids & {*range(19, 34)} or frames.classes is not CITYSCAPES):
-            return
-    if labels and is_void:  # such as Cityscapes' test split
-        raise ValueError(f"{labels[0]}: all void, as are all {len(labels)} labels; label ids are needed")
-    if labels:
-        log.warning("%s: no label has an id above 18. Train ids? Label ids are needed (car is 26)", labels[0])
-
-
-def _match_files(root, split, labelled, exclude):
+def match_files(root, split, labelled, exclude):
     """Find the files of frames by their names -> (FrameList without sizes, list of problems, one line each)."""
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
@@ -213,7 +169,7 @@ def _match_files(root, split, labelled, exclude):
         labels = _by_name(root, of_labels, part, depth, (".png",)) if labelled else {}
         for name in dict.fromkeys([*images, *labels]):
             image, label = images.get(name, []), labels.get(name, [])
-            if _bare_name(name) in exclude:
+            if bare_name(name) in exclude:
                 frames.left_out[name] = "excluded"
             elif not image or (labelled and not label):
                 problems.append(f"{(image or label)[0]}: has no {'label (PNG)' if image else 'image'}")
@@ -226,8 +182,8 @@ def _match_files(root, split, labelled, exclude):
 
 def _sizes(frame):
     """(width, height) of a frame's image and of its label, or of the image twice, from their headers. Raises ValueError."""
-    size = _read(frame.image, header_only=True)[0]
-    return size, _read(frame.label, is_label=True, header_only=True)[0] if frame.label else size
+    size = read_file(frame.image, header_only=True)[0]
+    return size, read_file(frame.label, is_label=True, header_only=True)[0] if frame.label else size
 
 
 def _by_name(root, place, part, depth, suffixes):
@@ -271,14 +227,15 @@ def read_names(path):
         names = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file} - {""}
     if not names:
         raise ValueError(f"{path}: no name in it; one frame name per line is needed")
-    return frozenset(map(_bare_name, names))
+    return frozenset(map(bare_name, names))
 
 
-def _bare_name(name):
+def bare_name(name):
+    """The name of a frame or of one of its files without folders, Cityscapes' endings and suffix."""
     return re.sub(r"(_leftImg8bit|_gtFine_labelIds)?(?i:\.png|\.jpg|\.jpeg)?\Z", "", os.path.basename(name))
 
 
-def _read(path, is_label=False, header_only=False):
+def read_file(path, is_label=False, header_only=False):
     """Read a PNG or, unless it is a label, JPEG -> ((width, height), pixels, palette), of which the header gives the first."""
     pixels = palette = orientation = None
     try:
@@ -308,12 +265,12 @@ def _read(path, is_label=False, header_only=False):
 
 def load_image(path):
     """Load an 8-bit PNG or JPEG, rotated as EXIF says -> tv_tensors.Image (3, H, W) uint8. Raises ValueError."""
-    return tv_tensors.Image(torch.from_numpy(_read(path)[1]).permute(2, 0, 1))
+    return tv_tensors.Image(torch.from_numpy(read_file(path)[1]).permute(2, 0, 1))
 
 
 def load_label_ids(path, classes=CITYSCAPES):
     """Load a grey or palette PNG of label ids -> tv_tensors.Mask (H, W) uint8. Raises ValueError, for unknown ids too."""
-    _, ids, palette = _read(path, is_label=True)
+    _, ids, palette = read_file(path, is_label=True)
     used = np.flatnonzero(np.bincount(ids.ravel()))
     # 34 occurs in GTA5 as published; 255 is accepted as void because some tools write void that way (ours).
     known = {row[0] for row in classes.rows} | ({34, VOID} if classes is CITYSCAPES else {VOID})
@@ -429,60 +386,7 @@ def colourise(train_ids, classes=CITYSCAPES):
     return torch.from_numpy(palette)[train_ids.long()].movedim(-1, -3)
 
 
-def _inspect(frame, classes):
-    """Decode a frame's files -> (problem or None, whether the image has a single colour, (256,) pixels by train id)."""
-    try:
-        image = load_image(frame.image)
-        label = load_label(frame.label, classes) if frame.label else image[0]
-    except ValueError as error:
-        return str(error), False, 0  # not the exception: its traceback would keep pixels in memory
-    if label.shape != image.shape[1:]:  # list_frames leaves it out, or refuses it
-        return None, False, 0
-    is_plain = not np.ptp(image.numpy(), axis=(1, 2)).any()
-    return None, is_plain, np.bincount(label.ravel(), minlength=256) if frame.label else 0
-
-
-def main():
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if the output is piped to `head`
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("folder", metavar="DIR", help="data set in the layout of GTA5 or Cityscapes")
-    add("--split", default="train", help="Cityscapes split, or several joined by commas (default: train)")
-    add("--unlabelled", action="store_true", help="use the images only")
-    add("--exclude", metavar="FILE", help="text file with the names of frames to leave out, one per line")
-    add("--check-data", action="store_true", help="decode all files; list problems, class shares, frames of one colour")
-    args = parser.parse_args()
-    problems, plain, counts = [], [], np.zeros(256, np.int64)
-    try:
-        data_set = Path(args.folder), args.split, not args.unlabelled, read_names(args.exclude)
-        if args.check_data:
-            frames, problems = _match_files(*data_set)
-            print("".join(f"{printable(problem)}\n" for problem in problems), end="", flush=True)
-            with ThreadPoolExecutor() as pool:
-                inspected = pool.map(partial(_inspect, classes=frames.classes), frames)
-                for frame, (problem, is_plain, pixels) in zip(frames, inspected):
-                    if problem:
-                        problems.append(problem)
-                        print(printable(problem), flush=True)
-                    plain += [printable(frame.name)] if is_plain else []
-                    counts += pixels
-        if problems:
-            raise ValueError(f"{args.folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
-        frames = list_frames(*data_set)
-        check_frames(frames)
-        sizes = first_few([f"{w}x{h}" for w, h in sorted({frame.size for frame in frames})])
-        print(f"{printable(args.folder)}: {len(frames)} {'' if args.unlabelled else 'labelled '}frames of {sizes}", flush=True)
-        if plain:
-            print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n")
-        if counts.any():
-            names = frames.classes.names
-            for name, pixels in zip([*names, "void"], [*counts[: len(names)], counts[VOID]]):
-                print(f"  {name:<14}{pixels / counts.sum():7.2%}")
-    except (ValueError, OSError) as error:
-        print(f"data.py: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    import check_data  # python data.py DIR is python check_data.py DIR
+
+    check_data.runtime.run_script(check_data.main)

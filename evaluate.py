@@ -25,6 +25,7 @@ import files
 import loading
 import models
 import runtime
+from check_data import check_frames
 
 log = logging.getLogger("evaluate")
 MEANS = ("mIoU", "fwIoU", "pixel_accuracy")
@@ -166,7 +167,7 @@ def evaluate(args, frames, device, precision):
     """
     segmenter, classes = load_segmenter(args.segmenter, "--segmenter", device), frames.classes
     classes.check_same(segmenter.classes, "--data and --segmenter")
-    data.check_frames(frames, segmenter.width)
+    check_frames(frames, segmenter.width)
     runtime.join_processes(device)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = frames[runtime.rank() :: runtime.processes()]

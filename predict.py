@@ -13,6 +13,7 @@ import logging
 import data
 import files
 import runtime
+from check_data import check_frames, list_images
 from evaluate import evenly_spaced, load_segmenter, open_predictions, predictions, save_prediction
 
 log = logging.getLogger("predict")
@@ -44,13 +45,13 @@ def main():
     args = parse_args()
     files.check_out(args.out, *args.images)
     weights = files.finished(args.segmenter, "--segmenter")
-    frames = data.list_images(args.images, args.split, data.read_names(args.exclude))
+    frames = list_images(args.images, args.split, data.read_names(args.exclude))
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
     precision = runtime.pick_precision(args.precision, device)
     segmenter = load_segmenter(args.segmenter, "--segmenter", device)
     if args.sample:
         frames = evenly_spaced(frames, args.sample)
-    data.check_frames(frames, segmenter.width)
+    check_frames(frames, segmenter.width)
     runtime.join_processes(device)
     if runtime.is_first():
         lock = open_predictions(args.out, weights, precision, args.images)  # noqa: F841 - held until this process ends

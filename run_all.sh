@@ -238,7 +238,7 @@ if [ $is_drawn = yes ]; then
 else
     title "Preflight: check data, weights and disk"
     if [ -d "$TARGET/leftImg8bit/val" ] && [ -d "$TARGET/gtFine/val" ]; then
-        run data.py "$TARGET" --split val "${exclude[@]}"
+        run check_data.py "$TARGET" --split val "${exclude[@]}"
         tables=("$SOURCE/classes.csv" "$TARGET/classes.csv")
         [ ! -f "${tables[0]}" ] && [ ! -f "${tables[1]}" ] || cmp -s "${tables[@]}" || fail "${tables[0]} and ${tables[1]} must be the same"
     else

@@ -16,6 +16,7 @@ import files
 import models
 import runtime
 import training
+from check_data import check_frames
 from losses import segmentation_loss
 from optimization import GraphedStep, adam, backward_and_step, set_learning_rate, synchronise_batchnorm
 
@@ -61,7 +62,7 @@ def main():
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude))
     if run.is_finished(data=frames):
         return
-    data.check_frames(frames, args.width, args.crop_size)
+    check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
     segmenter = synchronise_batchnorm(models.UNet(len(frames.classes.names), args.encoder, weights), run.device)
     if args.check:  # only now, so that --check also loads the encoder's weights

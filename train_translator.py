@@ -16,6 +16,7 @@ import data
 import models
 import runtime
 import training
+from check_data import check_frames
 from losses import discriminator_loss, gan_loss, l1_loss, patch_nce_loss
 from optimization import GraphedStep, adam, backward_and_step, constant_then_linear, set_learning_rate, translator_layout
 
@@ -229,7 +230,7 @@ def main():
     if run.is_finished(source=source, target=target):
         return
     for frames in (source, target):
-        data.check_frames(frames, args.width, args.crop_size)
+        check_frames(frames, args.width, args.crop_size)
     if args.check:
         run.print_check()
         return

@@ -25,6 +25,7 @@ import files
 import loading
 import models
 import runtime
+from check_data import check_frames, list_images
 
 log = logging.getLogger("translate_dataset")
 WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU translates faster than one of them encodes
@@ -182,13 +183,13 @@ def main():
         files.check_out(args.cache, *args.source, args.translator, args.colours_of, flag="--cache")
     exclude = data.read_names(args.exclude)
     if args.unlabelled:
-        frames = data.list_images(args.source, args.split, exclude)
+        frames = list_images(args.source, args.split, exclude)
     else:
         frames = data.list_frames(args.source[0], args.split, exclude=exclude)
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     precision = runtime.pick_precision(args.precision, device)
     translator = load_translator(args, exclude, device, precision)
-    data.check_frames(frames, translator.width)
+    check_frames(frames, translator.width)
 
     runtime.join_processes(device)
     if runtime.is_first():

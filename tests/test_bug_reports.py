@@ -351,9 +351,7 @@ def test_training_outlasts_the_reader_of_its_output(pair, tmp_path):
     command += " 2>&1 | head -c 200 >/dev/null; echo ${PIPESTATUS[0]}"
     result = run("bash", "-c", command, TQDM_MININTERVAL="0.01")
     assert result.stdout == "0\n" and (tmp_path / "translator" / "weights.pt").exists()
-    listed = run(
-        "bash", "-c", f"{sys.executable} {ROOT}/data.py '{pair / 'source'}' --check-data | head -c 1; echo ${{PIPESTATUS[0]}}"
-    )
+    listed = run("bash", "-c", f"{sys.executable} {ROOT}/check_data.py '{pair / 'source'}' --check-data | head -c 1")
     assert "Errno" not in listed.stderr and "Traceback" not in listed.stderr
 
 
@@ -378,11 +376,12 @@ def test_no_inodes_are_said(tmp_path):
     assert result.returncode == 2 and "no inodes" in last_line(result)
 
 
-def test_ctrl_c_ends_data_py_in_silence(pair):
+def test_ctrl_c_ends_check_data_in_silence(pair):
     command = [
         sys.executable,
         "-c",
-        "import data, signal, os; data.list_frames = lambda *_: os.kill(os.getpid(), signal.SIGINT); data.main()",
+        "import check_data, data, signal, os, runtime; data.list_frames = lambda *_: os.kill(os.getpid(), signal.SIGINT);"
+        "runtime.run_script(check_data.main)",
     ]
     result = run(*command, pair / "source", PYTHONPATH=str(ROOT))
     assert result.returncode == 130 and not result.stderr

@@ -1,4 +1,4 @@
-"""data.py: both layouts, every kind of file, alignment of image and label, sampling, the command."""
+"""data.py and check_data.py: both layouts, every kind of file, alignment of image and label, sampling, the command."""
 
 import os
 import shutil
@@ -19,7 +19,9 @@ from PIL import Image
 from torch.utils.data import StackDataset
 from torchvision.datasets import Cityscapes
 
+import check_data
 import data
+import runtime
 
 IDS = [c.id for c in data.CLASSES]
 
@@ -244,10 +246,10 @@ def refused(function, *args, **options):
 
 
 def command(monkeypatch, capsys, *args):
-    """Run `python data.py args` in this process -> (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    """Run `python check_data.py args` in this process -> (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["check_data.py", *map(str, args)])
     try:
-        data.main()
+        runtime.run_script(check_data.main)
         status = 0
     except SystemExit as error:
         status = error.code
@@ -331,7 +333,7 @@ def test_images_that_are_too_small_are_refused(tmp_path, make, message):
     make(path)
     assert data.list_frames(root).left_out.keys() == {"00001"}  # the pair's sizes differ
     frames = data.list_frames(root, labelled=False)
-    assert refused(data.check_frames, frames) == f"{path}: {message} (1 of 3 frames)"
+    assert refused(check_data.check_frames, frames) == f"{path}: {message} (1 of 3 frames)"
     data.load_image(path)
 
 
@@ -362,15 +364,15 @@ def test_sizes_are_checked_at_the_width_of_training():
     def frames(*sizes):
         return [data.Frame("x", Path(f"{w}x{h}.png"), None, (w, h)) for w, h in sizes]
 
-    data.check_frames(frames((60, 40)), 60, (40, 60))
-    data.check_frames(frames((60, 40)), 120, (80, 120))
-    data.check_frames(frames((60, 40)), 24)
+    check_data.check_frames(frames((60, 40)), 60, (40, 60))
+    check_data.check_frames(frames((60, 40)), 120, (80, 120))
+    check_data.check_frames(frames((60, 40)), 24)
     assert "60x40.png: 30x20 at --width 30, smaller than the crop of 21x30 (HxW): lower --crop-size" in refused(
-        data.check_frames, frames((60, 40)), 30, (21, 30)
+        check_data.check_frames, frames((60, 40)), 30, (21, 30)
     )
-    assert "60x40, smaller than the crop of 40x61" in refused(data.check_frames, frames((60, 40)), crop=(40, 61))
-    assert "21x14 at --width 21, smaller than the minimum of 16x16" in refused(data.check_frames, frames((60, 40)), 21)
-    message = refused(data.check_frames, frames((60, 40), (50, 20), (60, 30)), crop=(40, 60))
+    assert "60x40, smaller than the crop of 40x61" in refused(check_data.check_frames, frames((60, 40)), crop=(40, 61))
+    assert "21x14 at --width 21, smaller than the minimum of 16x16" in refused(check_data.check_frames, frames((60, 40)), 21)
+    message = refused(check_data.check_frames, frames((60, 40), (50, 20), (60, 30)), crop=(40, 60))
     assert message.startswith("50x20.png: 50x20, ") and "(2 of 3 frames)" in message
 
 
@@ -386,7 +388,7 @@ def test_whatever_pillow_raises_means_a_damaged_file(tmp_path, monkeypatch, erro
             load(tmp_path / "x.png")
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(ValueError, match="x.png: damaged image"):
-        data._read(tmp_path / "x.png", header_only=True)
+        data.read_file(tmp_path / "x.png", header_only=True)
 
 
 def test_lack_of_memory_does_not_mean_a_damaged_file(tmp_path, monkeypatch):
@@ -403,7 +405,7 @@ def listed(root, monkeypatch, capsys, *args):
     """Return the lines that --check-data prints, having checked their number at the end and that nothing else is said."""
     status, out, err = command(monkeypatch, capsys, root, "--check-data", *args)
     lines = out.splitlines()
-    assert (status, err) == (2, f"data.py: {root}: {len(lines)} problem{'s' if len(lines) > 1 else ''}\n")
+    assert (status, err) == (2, f"check_data.py: {root}: {len(lines)} problem{'s' if len(lines) > 1 else ''}\n")
     return sorted(lines)
 
 
@@ -424,7 +426,7 @@ def test_all_problems_of_the_structure_are_counted_and_listed(tmp_path, monkeypa
     ]
     assert listed(root, monkeypatch, capsys) == sorted(expected)
     message = refused(data.list_frames, root)
-    assert message.startswith(tuple(expected)) and message.endswith("(and 2 more: see data.py DIR --check-data)")
+    assert message.startswith(tuple(expected)) and message.endswith("(and 2 more: see check_data.py DIR --check-data)")
     assert [frame.name for frame in data.list_frames(root, exclude=names[:5])] == names[5:]  # excluded files are not read
     assert refused(data.list_frames, root, exclude=names[:4]) == expected[3]  # a single problem, no count
     differing = f"{labels[3]}: differs from its image in size (1 of 2 labels)"
@@ -566,12 +568,12 @@ def test_the_command_keeps_to_its_streams(tmp_path):
 
 def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     root = write_gta5(tmp_path, [(20, 30), (20, 15)])
-    message = f"data.py: {root}/images/00001.png: 15x20, smaller than the minimum of 16x16 (1 of 2 frames)\n"
+    message = f"check_data.py: {root}/images/00001.png: 15x20, smaller than the minimum of 16x16 (1 of 2 frames)\n"
     assert command(monkeypatch, capsys, root, "--unlabelled") == (2, "", message)
     status, out, err = command(monkeypatch, capsys, root, "--exclude", root / "gone")
     assert (status, out) == (2, "") and "No such file" in err and "gone" in err and err.count("\n") == 1
     status, out, err = command(monkeypatch, capsys, root / "gone", "--check-data")
-    assert (status, out, err) == (2, "", f"data.py: {root}/gone: no such folder\n")
+    assert (status, out, err) == (2, "", f"check_data.py: {root}/gone: no such folder\n")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
@@ -673,9 +675,9 @@ def test_labels_without_an_evaluated_class_are_refused(tmp_path):
     root = write_gta5(tmp_path, [(20, 30)] * 2)
     for path in (root / "labels").iterdir():
         Image.fromarray(np.full((20, 30), 3, np.uint8)).save(path)
-    assert "00000.png: all void, as are all 2 labels" in refused(data.check_frames, data.list_frames(root))
+    assert "00000.png: all void, as are all 2 labels" in refused(check_data.check_frames, data.list_frames(root))
     Image.fromarray(np.full((20, 30), 26, np.uint8)).save(path)
-    data.check_frames(data.list_frames(root))
+    check_data.check_frames(data.list_frames(root))
 
 
 def test_a_palette_with_cityscapes_colours_under_other_indices_is_refused(tmp_path):
@@ -717,7 +719,7 @@ def test_images_are_rotated_as_a_viewer_does(tmp_path, orientation, suffix):
         tmp_path / f"x.{suffix}", exif=exif, **{"quality": 95} if suffix == "jpg" else {}
     )
     path = tmp_path / f"x.{suffix}"
-    assert data._read(path, header_only=True)[0] == (48, 32)
+    assert data.read_file(path, header_only=True)[0] == (48, 32)
     read = data.load_image(path).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(read - upright)[4:12, 4:-4].max() < 8 and np.abs(read - upright)[20:-4, 4:-4].mean() < 8
 
@@ -730,7 +732,9 @@ def test_photographs_with_a_preview_are_rotated_too(tmp_path):
     image.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[image], exif=exif)
     with Image.open(tmp_path / "x.jpg") as saved:
         assert saved.format == "MPO"
-    assert data._read(tmp_path / "x.jpg", header_only=True)[0] == (32, 48) and data.load_image(tmp_path / "x.jpg").shape == (
+    assert data.read_file(tmp_path / "x.jpg", header_only=True)[0] == (32, 48) and data.load_image(
+        tmp_path / "x.jpg"
+    ).shape == (
         3,
         48,
         32,
@@ -742,7 +746,9 @@ def test_an_invalid_orientation_is_ignored(tmp_path, tag):
     exif = Image.Exif()
     exif[0x0112] = tag
     Image.new("RGB", (48, 32)).save(tmp_path / "x.jpg", exif=exif)
-    assert data._read(tmp_path / "x.jpg", header_only=True)[0] == (48, 32) and data.load_image(tmp_path / "x.jpg").shape == (
+    assert data.read_file(tmp_path / "x.jpg", header_only=True)[0] == (48, 32) and data.load_image(
+        tmp_path / "x.jpg"
+    ).shape == (
         3,
         32,
         48,
@@ -753,7 +759,7 @@ def test_train_ids_instead_of_label_ids_cause_a_warning(tmp_path, caplog):
     root = write_gta5(tmp_path, [(20, 30)] * 2)
     for path in (root / "labels").iterdir():
         Image.fromarray(np.tile(np.array([0, 8, 13, 255], np.uint8), (20, 8))[:, :30]).save(path)
-    data.check_frames(data.list_frames(root))
+    check_data.check_frames(data.list_frames(root))
     assert "Train ids?" in caplog.text
 
 

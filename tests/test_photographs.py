@@ -11,6 +11,7 @@ import torch
 from commands import script, table
 from PIL import Image
 
+import check_data
 import colours
 import data
 import models
@@ -63,12 +64,12 @@ def test_a_plain_folder_is_a_set_of_frames_where_labels_are_not_read(photos):
 
 
 def test_images_are_folders_and_files(photos):
-    frames = data.list_images([photos / "deep", photos / "a b.png"])
+    frames = check_data.list_images([photos / "deep", photos / "a b.png"])
     assert sorted(frame.name for frame in frames) == ["a", "a b", "er/é"]
     with pytest.raises(ValueError, match="different names: a b$"):
-        data.list_images([photos, photos / "a b.png"])
+        check_data.list_images([photos, photos / "a b.png"])
     with pytest.raises(ValueError, match="gone.png: No such file"):
-        data.list_images([photos / "gone.png"])
+        check_data.list_images([photos / "gone.png"])
 
 
 @pytest.mark.parametrize("method", ["cut", "cyclegan"])

@@ -176,7 +176,7 @@ def test_target_labels_are_opened_by_the_oracle_and_the_evaluation_alone(everyth
         run_directory = [Path(words[i + 1]).name for i, word in enumerate(words) if word == "--out"]
         who[Path(path).parent.parent.name].add((Path(words[0]).name, *run_directory))
     assert who["train"] == {("train_segmenter.py", "oracle")}
-    assert who["val"] == {("data.py",), ("evaluate.py",), ("report.py",)}  # preflight, scores, figure 4
+    assert who["val"] == {("check_data.py",), ("evaluate.py",), ("report.py",)}  # preflight, scores, figure 4
 
 
 def test_the_same_seed_gives_the_same_bytes_with_and_without_workers(everything, pair, tmp_path):
