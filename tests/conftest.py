@@ -18,11 +18,13 @@ settings.register_profile("tests", derandomize=True, deadline=None, max_examples
 settings.load_profile("tests")
 
 
-LONGEST = "test_run_all.py", "test_bug_reports.py", "test_processes.py", "test_faults.py"  # one process takes a file as a whole
+# Each process takes whole files. The first ones go to processes that have done nothing yet: the longest, and test_gpu_check.py,
+# which forks, and must not do so after a backward pass on several threads.
+FIRST = "test_run_all.py", "test_bug_reports.py", "test_processes.py", "test_gpu_check.py"
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

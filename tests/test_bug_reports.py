@@ -380,8 +380,8 @@ def test_ctrl_c_ends_check_data_in_silence(pair):
     command = [
         sys.executable,
         "-c",
-        "import check_data, data, signal, os, runtime; data.list_frames = lambda *_: os.kill(os.getpid(), signal.SIGINT);"
-        "runtime.run_script(check_data.main)",
+        "import check_data, data, signal, runtime; data.list_frames = lambda *_: signal.raise_signal(signal.SIGINT);"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); runtime.run_script(check_data.main)",
     ]
     result = run(*command, pair / "source", PYTHONPATH=str(ROOT))
     assert result.returncode == 130 and not result.stderr
