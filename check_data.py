@@ -2,8 +2,7 @@
 
     python check_data.py DIR [--split train] [--unlabelled] [--exclude FILE] [--check-data]
 
-Layouts are described in data.py. What scripts ask of their frames before they start is here, too: `check_frames`, and
-`list_images` where labels are not read.
+The layouts are described in data.py. Scripts call `check_frames` before they start, and `list_images` where no labels are read.
 """
 
 import logging

@@ -156,7 +156,10 @@ def list_frames(root, split="train", labelled=True, exclude=()):
 
 
 def match_files(root, split, labelled, exclude):
-    """Find the files of frames by their names -> (FrameList without sizes, list of problems, one line each)."""
+    """Find the files of frames by their names -> (FrameList without sizes, list of problems, one line each).
+
+    Arguments as for list_frames. Raises ValueError where there is no such data set.
+    """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     layout = next(folder for folder in LAYOUTS if (root / folder).is_dir())
@@ -236,7 +239,10 @@ def bare_name(name):
 
 
 def read_file(path, is_label=False, header_only=False):
-    """Read a PNG or, unless it is a label, JPEG -> ((width, height), pixels, palette), of which the header gives the first."""
+    """Read a PNG or, unless it is a label, JPEG -> ((width, height), pixels, palette). Raises ValueError.
+
+    pixels: (H, W) or (H, W, 3) uint8, (H, W) for labels. With header_only, pixels and palette are None.
+    """
     pixels = palette = orientation = None
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would block
@@ -386,7 +392,8 @@ def colourise(train_ids, classes=CITYSCAPES):
     return torch.from_numpy(palette)[train_ids.long()].movedim(-1, -3)
 
 
-if __name__ == "__main__":
-    import check_data  # python data.py DIR is python check_data.py DIR
+if __name__ == "__main__":  # python data.py DIR is python check_data.py DIR
+    import check_data
+    import runtime
 
-    check_data.runtime.run_script(check_data.main)
+    runtime.run_script(check_data.main)

@@ -84,7 +84,7 @@ def clear_parts(folder):
 
 
 def open_cache(folder):
-    """Create the folder of --cache. Warns if it is not writable."""
+    """Create the folder of --cache, if need be, and remove what killed writers left in it. Warns if it is not writable."""
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):
         clear_parts(folder)

@@ -91,6 +91,8 @@ else
     SETTINGS=${SETTINGS:-paper}
     if [ "$SETTINGS" = demo ]; then OUT=${OUT:-runs/quick}; else OUT=${OUT:-runs/$SETTINGS}; fi
 fi
+# Steps: translate (stage 1), bounds (Source Only, Oracle), segment (the other task models), head_start and adapt (stage 4).
+# frame_kib: what a frame takes on disk as PNG, translated or resized.
 case $SETTINGS in
     demo) # everything smaller, for two cores in minutes; Source Only and Oracle take as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
@@ -102,7 +104,7 @@ case $SETTINGS in
         segmenter+=(--encoder efficientnet-b0 --encoder-weights none --lr 4e-3)
         readers=(--workers 0)
         ;;
-    small) # in between
+    small) # between the two, with the colour transfer of the demo: too few steps for a translator to move colours by itself
         translate=6000 bounds=4000 segment=4000 head_start=400 adapt=600 frame_kib=256
         common=(--save-every 500)
         translator=(--width 512 --crop-size 256 --base-channels 32 --antialias --colour-transfer)
@@ -250,7 +252,7 @@ else
     [ $oracle = no ] || train_segmenter oracle "$TARGET" $bounds --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
-    # Of a frame, translated or resized, frame_kib are PNG; checkpoints and weights take at most 1 GiB per method.
+    # Checkpoints and weights take at most 1 GiB per method.
     count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
     frames=$(count "$(photos_of "$SOURCE" train)") kept=0 free=$(df -Pk "$OUT" | awk 'NR == 2 { print int($4 / 1024) }')
     [ -z "${CACHE:-}" ] || kept=$((frames + $(count "$(photos_of "$TARGET" "$TARGET_SPLITS")")))

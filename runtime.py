@@ -71,7 +71,8 @@ def run_script(main):
     if dist.is_initialized():
         if is_collective:  # after an error this could block; the others notice the exit
             dist.destroy_process_group()
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status or 0)  # gloo's threads now and then abort a shutdown of the interpreter, even of a destroyed group
     if status:
         sys.exit(status)

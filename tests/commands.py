@@ -59,7 +59,7 @@ def script(name, *words, **environment):
 
 
 def torchrun(*words, nproc=2, restarts=0, python=None, **environment):
-    """A script in several processes; python: an interpreter that has imported nothing yet."""
+    """A script in several processes of torchrun. python: the interpreter (default: served.python())."""
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", nproc, "--max-restarts", restarts]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "--no-python", python or served.python()]
     return run(*command, *words, **environment)

@@ -19,7 +19,7 @@ settings.load_profile("tests")
 
 
 # Each process takes whole files. The first ones go to processes that have done nothing yet: the longest, and test_gpu_check.py,
-# which forks, and must not do so after a backward pass on several threads.
+# whose forks have aborted in a process that had run other tests before.
 FIRST = "test_run_all.py", "test_bug_reports.py", "test_processes.py", "test_gpu_check.py"
 
 

@@ -732,13 +732,8 @@ def test_photographs_with_a_preview_are_rotated_too(tmp_path):
     image.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[image], exif=exif)
     with Image.open(tmp_path / "x.jpg") as saved:
         assert saved.format == "MPO"
-    assert data.read_file(tmp_path / "x.jpg", header_only=True)[0] == (32, 48) and data.load_image(
-        tmp_path / "x.jpg"
-    ).shape == (
-        3,
-        48,
-        32,
-    )
+    assert data.read_file(tmp_path / "x.jpg", header_only=True)[0] == (32, 48)
+    assert data.load_image(tmp_path / "x.jpg").shape == (3, 48, 32)
 
 
 @pytest.mark.parametrize("tag", [0, 9, 65535])
@@ -746,13 +741,8 @@ def test_an_invalid_orientation_is_ignored(tmp_path, tag):
     exif = Image.Exif()
     exif[0x0112] = tag
     Image.new("RGB", (48, 32)).save(tmp_path / "x.jpg", exif=exif)
-    assert data.read_file(tmp_path / "x.jpg", header_only=True)[0] == (48, 32) and data.load_image(
-        tmp_path / "x.jpg"
-    ).shape == (
-        3,
-        32,
-        48,
-    )
+    assert data.read_file(tmp_path / "x.jpg", header_only=True)[0] == (48, 32)
+    assert data.load_image(tmp_path / "x.jpg").shape == (3, 32, 48)
 
 
 def test_train_ids_instead_of_label_ids_cause_a_warning(tmp_path, caplog):
