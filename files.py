@@ -85,6 +85,8 @@ def clear_parts(folder):
 
 def open_cache(folder):
     """Create the folder of --cache, if need be, and remove what killed writers left in it. Warns if it is not writable."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--cache {folder}: is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):
         clear_parts(folder)

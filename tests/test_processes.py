@@ -159,6 +159,10 @@ def test_stage_2_in_two_processes_or_with_a_cache_writes_the_same_bytes(pair, tr
         again = script("translate_dataset.py", *words, tmp_path / out, "--cache", tmp_path / "cache", **ONE_THREAD)
         assert again.returncode == 0 and len(list((tmp_path / "cache").iterdir())) == 2 * 4, again.stderr
         assert_same_outputs(tmp_path / "one", tmp_path / out)
+    (tmp_path / "file").touch()
+    for start in (script, lambda name, *rest: torchrun(ROOT / name, *rest)):
+        refused = start("translate_dataset.py", *words, tmp_path / "five", "--cache", tmp_path / "file")
+        assert refused.returncode != 0 and f"--cache {tmp_path / 'file'}: is a file; give a folder" in refused.stderr
 
 
 def test_predictions_in_two_processes_are_the_same(pair, trained, tmp_path):
