@@ -6,7 +6,7 @@
     torchrun --standalone --nproc-per-node 4 evaluate.py ...                              # on four GPUs
 
 The scores are mIoU, frequency-weighted IoU, pixel accuracy and the IoU of each class, in percent, at the resolution of the
-labels (ours). They go into RUN/evaluation.json, from which report.py builds table 2, or with --out into that table. A class
+labels (ours). They go into RUN/evaluation.json, from which report.py builds table 2, or with --out into that CSV file. A class
 that is absent from the ground truth has an empty cell and is left out of the means. cityscapesscripts scores such a class 0 if
 it is predicted anywhere; otherwise the two agree. To use the metrics elsewhere, import confusion_matrix and scores.
 """

@@ -84,7 +84,9 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
         try:
             check_workers()
             read = next(iterator)
-        except RuntimeError as error:  # the loader's own; errors in reading samples are returned
+        except RuntimeError as error:  # the loader's own, or CUDA's in pinning; errors in reading samples are returned
+            if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
+                raise
             raise ChildProcessError(KILLED) from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -3,9 +3,9 @@
     python predict.py --segmenter runs/clada --images photos --out segmented --overlay
     python predict.py --segmenter runs/clada --images a.jpg b.png --out segmented
 
-Photographs may have any and different sizes; each is segmented as evaluate.py does it, at its own resolution. OUT/NAME.png is a
-palette PNG: its pixels are Cityscapes label ids, its colours Cityscapes'. A photograph in a subfolder of a plain folder keeps
-its subfolder. The same command resumes: finished photographs are skipped.
+Photographs may have any and different sizes; each is segmented as evaluate.py does it, and its result has the same size.
+OUT/NAME.png is a palette PNG: its pixels are Cityscapes label ids, its colours Cityscapes'. A photograph in a subfolder of a
+plain folder keeps its subfolder. The same command resumes: finished photographs are skipped.
 """
 
 import logging

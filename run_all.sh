@@ -4,7 +4,7 @@
 #   bash run_all.sh                                        # two synthetic domains, minutes, no GPU needed
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
 #   SOURCE=gta5 TARGET=photos METHODS=fastcut_l5 bash run_all.sh     # CLADA alone, on a folder of photographs without labels
-#   SETTINGS=small SOURCE=... TARGET=... bash run_all.sh    # smaller networks: one consumer GPU, or two CPU cores in a night
+#   SETTINGS=small SOURCE=... TARGET=... bash run_all.sh    # smaller networks: one consumer GPU, or two CPU cores in hours
 #   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's tiny networks: minutes for a few hundred frames
 #   bash run_all.sh test                                   # the tests
 #
@@ -13,16 +13,17 @@
 #   OUT                where everything goes (runs/demo; with SOURCE and TARGET runs/paper, runs/small or, for demo, runs/quick)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 colour (default: cyclegan cut fastcut_l5)
 #                      colour is a control: colour statistics of the target's photographs, without training
-#   ORACLE             no: leave out the Oracle and table 3 (yes; needs labels of the target, as scores do)
+#   ORACLE             no: leave out the Oracle and table 3 (yes; without labels of the target it is left out anyway)
 #   SEED               (0)
 #   ITERATIONS_SCALE   factor on every iteration count, for a trial run (with an OUT of its own) (1)
 #   NPROC              processes per stage, by torchrun, one per GPU; batch sizes are per process (1)
 #   TARGET_SPLITS      Cityscapes splits whose photographs stages 1 and 4 and FID use, e.g. train,train_extra (train)
 #   CACHE              folder for resized frames, which decode faster (paper, small: OUT/frames, up to 1 MiB per frame; empty: none)
-#   WORKERS            processes that load images, of each process (demo: 0; else one per core, at most 16)
+#   WORKERS            processes that load images, for each training process (demo: 0; else one per core, at most 16)
 #   EXCLUDE            file with names of frames to leave out, one per line
 #   FID_WEIGHTS        for fid.py --weights: published, random, or a file (demo: random; else published)
-#   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            words appended to every call of that stage, quoted as in a shell
+#   TRANSLATOR_ARGS, SEGMENTER_ARGS, ADAPT_ARGS            further arguments for every call of train_translator.py,
+#                      train_segmenter.py, adapt_features.py, quoted as in a shell
 #   PYTHON             the Python to use, without any set-up
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # sh run_all.sh
 case $BASH_VERSION in [1-3].* | 4.[0-3].*) echo "run_all.sh: bash 4.4 or newer is needed (on macOS: brew install bash)" >&2 && exit 2 ;; esac

@@ -93,13 +93,15 @@ def _explain(error):
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"--compile: {first}; without it, training goes on from the last checkpoint"
     if isinstance(error, RuntimeError) and processes() > 1:
-        return 1, f"another process of this run failed, see its message; if there is none, the cause is: {first}"
+        cause = " ".join(dict.fromkeys((first, text.splitlines()[-1])))  # NCCL's own reason comes last
+        return 1, f"another process of this run failed, see its message; if there is none, the cause is: {cause}"
     return 1, None
 
 
 def is_out_of_memory(error):
-    first = str(error).strip().partition("\n")[0]
-    is_said = isinstance(error, (RuntimeError, OSError)) and any(words in first for words in OUT_OF_MEMORY)
+    text = str(error).strip()
+    said = text if isinstance(error, dist.DistBackendError) else text.partition("\n")[0]
+    is_said = isinstance(error, (RuntimeError, OSError)) and any(words in said for words in OUT_OF_MEMORY)
     return is_said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
@@ -193,7 +195,7 @@ def add_device_arguments(parser):
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU if there is one")
     workers = "processes that load images (default: one per core, at most 16)"
     add("--workers", type=worker_count, default=default_workers(), help=workers)
-    add("--seed", type=seed, default=0, help="of all random numbers, if the script draws any (default 0)")
+    add("--seed", type=seed, default=0, help="random seed (default 0)")
 
 
 def default_workers():
@@ -251,15 +253,19 @@ def pick_device(name, tf32=False, deterministic=False):
     return device
 
 
-def pick_precision(name, device):
-    """--precision -> "fp32" or "bf16"; auto is bf16 only where the hardware has it, not where it is emulated."""
+def pick_precision(name, device, saved=None):
+    """--precision -> "fp32" or "bf16", the same in all processes.
+
+    auto is `saved`, the precision of a run that is resumed, or else bf16 where the first process's hardware has it and does not
+    emulate it.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"
+    return all_gather(saved or ("bf16" if has_bf16 else "fp32"))[0]
 
 
 def describe(device, precision):
@@ -300,10 +306,13 @@ def join_processes(device):
         except OSError as error:
             remedy = "if these variables are left over from another launcher, unset TORCHELASTIC_RUN_ID"
             raise ValueError(f"torchrun is not at {address[0]}:{address[1]} ({error}); {remedy}") from error
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python handlers would not run while C++ waits
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # the slowest GPU may be hours behind
     signal.signal(signal.SIGTERM, _interrupt)
+    on_gpus = all_reduce_sum_(torch.tensor(int(device.type == "cuda"))).item()
+    if 0 < on_gpus < processes():  # they would wait for each other in different back ends
+        raise ValueError(f"--device: {on_gpus} of {processes()} processes found a GPU; give --device cuda to see why, or cpu")
 
 
 def processes():
@@ -331,14 +340,20 @@ def all_reduce_mean_(tensor):
     return all_reduce_sum_(tensor).div_(processes())
 
 
-def all_gather(state):
-    """The states of all processes (nested tensors and plain data), in order; those of other processes on the CPU."""
+def all_gather(state, only_first=False):
+    """The states of all processes (nested tensors and plain data), in order; those of other processes on the CPU.
+
+    only_first: in the first process; None in the others.
+    """
     if processes() == 1:
         return [state]
-    buffer, states = io.BytesIO(), [None] * processes()
-    torch.save(state, buffer)
-    dist.all_gather_object(states, buffer.getvalue())  # as bytes: tensors would come back on their senders' GPUs
-    return [torch.load(io.BytesIO(state), map_location="cpu", weights_only=True) for state in states]
+    buffer, states = io.BytesIO(), [None] * processes() if is_first() or not only_first else None
+    torch.save(state, buffer)  # as bytes: tensors would come back on their senders' GPUs
+    if only_first:
+        dist.gather_object(buffer.getvalue(), states)
+    else:
+        dist.all_gather_object(states, buffer.getvalue())
+    return states and [torch.load(io.BytesIO(state), map_location="cpu", weights_only=True) for state in states]
 
 
 def barrier():

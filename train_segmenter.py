@@ -51,7 +51,7 @@ def training_step(segmenter, optimizer, images, labels, autocast):
         logits = segmenter(images)
     loss = segmentation_loss(logits, labels)
     backward_and_step(optimizer, loss)
-    return logits, loss
+    return logits.detach(), loss.detach()  # no part of this step's graph stays when the next one is recorded
 
 
 def main():

@@ -32,18 +32,21 @@ def parse_args(words=None):
     add = parser.add_argument
     layouts = "GTA5 or Cityscapes layout; labels are not read"
     training.add_domain_arguments(parser, source=f"source images X, {layouts}", target=f"target images Y, {layouts}")
-    add("--method", required=True, choices=("cyclegan", *VARIANTS))
+    add("--method", required=True, choices=("cyclegan", *VARIANTS), help="fastcut_l5 is the paper's")
     add("--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)")
     add("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")
     text = "start from the colour transfer: frames get a random target photograph's colours first, and G adds to them (ours)"
     add("--colour-transfer", action="store_true", help=text)
     add("--gan-loss", choices=("lsgan", "vanilla"), default="lsgan", help="form of equation 1 (default lsgan)")
-    add("--lambda-x", type=runtime.non_negative, help="of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
-    add("--lambda-y", type=runtime.non_negative, help="of the identity term in equation 4 (default: cut 1, others 0)")
+    add("--lambda-x", type=runtime.non_negative, help="weight of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
+    add("--lambda-y", type=runtime.non_negative, help="weight of the identity term (default: cut 1, others 0)")
     add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
     add("--flip-equivariance", action="store_true", help="mirror G's input with probability 1/2, and its query features back")
     add(
-        "--identity-weight", type=runtime.non_negative, default=0.0, help="CycleGAN's L1 identity loss (default 0; released: 5)"
+        "--identity-weight",
+        type=runtime.non_negative,
+        default=0.0,
+        help="weight of CycleGAN's identity loss (default 0; released: 5)",
     )
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)

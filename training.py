@@ -50,8 +50,8 @@ def add_arguments(parser, iterations, batch_size, crop_size, lr):
     add, size, integer = parser.add_argument, runtime.height_width, runtime.positive_int
     add("--out", type=runtime.path, required=True, metavar="RUN", help="run directory; an unfinished run is resumed")
     add("--iterations", type=integer, default=iterations, help=f"training steps (default {iterations})")
-    add("--batch-size", type=integer, default=batch_size, help=f"per process (default {batch_size})")
-    add("--crop-size", type=size, default=size(crop_size), metavar="N|HxW", help=f"(default {crop_size})")
+    add("--batch-size", type=integer, default=batch_size, help=f"images per process (default {batch_size})")
+    add("--crop-size", type=size, default=size(crop_size), metavar="N|HxW", help=f"random crops (default {crop_size})")
     add("--width", type=integer, default=1024, help="resize frames to this width first (default 1024)")
     add("--lr", type=runtime.positive, default=lr, help=f"Adam's learning rate (default {lr})")
     runtime.add_compute_arguments(parser)
@@ -81,8 +81,7 @@ class Run:
             files.check_out(args.cache, *inputs, flag="--cache")
         path = self.out / "args.json"
         self.saved = files.read_json(path) if path.is_file() else {}
-        if args.precision == "auto":
-            args.precision = self.saved.get("precision") or runtime.pick_precision("auto", self.device)
+        args.precision = runtime.pick_precision(args.precision, self.device, self.saved.get("precision"))
         self._compare_arguments()
         self.iteration, self.frames = 0, {}  # steps done; the data, {name: data.FrameList}
         self.rows, self.sums, self.steps_summed = [], {}, 0
@@ -281,8 +280,8 @@ class Run:
         state = self._finite_state()
         for name, part in self.state.items():
             if isinstance(part, PerProcess):
-                state[name] = runtime.all_gather(state[name])
-        sums = runtime.all_gather(self.sums)
+                state[name] = runtime.all_gather(state[name], only_first=True)
+        sums = runtime.all_gather(self.sums, only_first=True)
         content = {"iteration": self.iteration, "state": state, "sums": sums, "steps_summed": self.steps_summed}
         if runtime.is_first():
             files.write_whole(self.checkpoint, torch_bytes(content))

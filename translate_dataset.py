@@ -49,7 +49,12 @@ def parse_args():
     add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: of the translations (default 1024)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
-    add("--cache", type=runtime.path, metavar="DIR", help="the trainers' --cache of resized frames: read and fill it here, too")
+    add(
+        "--cache",
+        type=runtime.path,
+        metavar="DIR",
+        help="resized frames, shared with the trainers' --cache, filled where empty",
+    )
     runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
     args = parser.parse_args()
@@ -94,14 +99,16 @@ def translate(generator, images, autocast):
     return ((fake.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def saved_settings(args):
+    path = args.out / "args.json"
+    return files.read_json(path) if path.is_file() else {}
+
+
 def open_out(args, settings, frames):
     """Record the settings that the images in --out depend on. ValueError if some were made with other settings."""
-    path = args.out / "args.json"
-    saved = files.read_json(path) if path.is_file() else {}
+    saved = saved_settings(args)
     if saved.get("script", settings["script"]) != settings["script"] or (not saved and any((args.out / "images").glob("*"))):
         raise ValueError(f"--out {args.out}: holds files that are not from this script; give another folder")
-    if args.precision == "auto":
-        settings["precision"] = saved.get("precision", settings["precision"])
     changed = [key for key in settings if key in saved and saved[key] != settings[key]]
     if changed == ["content_of_source"] and not finished_names(args).issuperset(frame.name for frame in frames):
         # A damaged file may have been repaired.
@@ -116,7 +123,7 @@ def open_out(args, settings, frames):
         for part in parts(args):
             (args.out / part).mkdir(exist_ok=True)
         files.clear_parts(args.out)
-        files.write_json(path, settings)
+        files.write_json(args.out / "args.json", settings)
         if frames.classes is not data.CITYSCAPES:
             files.write_whole(args.out / "classes.csv", (Path(args.source[0]) / "classes.csv").read_bytes())
         if frames.left_out:
@@ -187,11 +194,11 @@ def main():
     else:
         frames = data.list_frames(args.source[0], args.split, exclude=exclude)
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
-    precision = runtime.pick_precision(args.precision, device)
+    runtime.join_processes(device)
+    precision = runtime.pick_precision(args.precision, device, saved_settings(args).get("precision"))
     translator = load_translator(args, exclude, device, precision)
     check_frames(frames, translator.width)
 
-    runtime.join_processes(device)
     if runtime.is_first():
         lock = files.lock(args.out)  # noqa: F841 - held until this process ends
     settings = {
@@ -214,7 +221,7 @@ def main():
     own = batches[runtime.rank() :: runtime.processes()]
     own = [batch for batch in own if not done.issuperset(frame.name for frame in batch)]
     count = sum(frame.name in done for frame in frames)
-    where = runtime.describe(device, settings["precision"])
+    where = runtime.describe(device, precision)
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
     if own:
         translate_batches(translator, own, frames.classes, args)

@@ -162,6 +162,16 @@ def test_on_cuda_steps_are_timed_by_events_and_nothing_waits_for_the_device_but_
     assert calls.count("synchronize") == 2 and calls[:8] == ["record"] * 8  # the beginning and the end of four steps
 
 
+def test_an_error_of_cuda_while_a_batch_is_pinned_is_not_a_killed_worker(monkeypatch):
+    def loader(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield
+
+    monkeypatch.setattr(training.loading, "DataLoader", loader)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        next(training.loading.batches(None, [[0]], workers=1))
+
+
 @pytest.mark.parametrize("again", [99, 4])
 def test_peak_memory_leaves_out_the_first_steps(tmp_path, cuda, again, monkeypatch):
     """In which cuDNN tries algorithms: those of a process, and those after the encoder is unfrozen."""

@@ -6,10 +6,12 @@ import sys
 import textwrap
 
 import pytest
+import served
 import torch
 from commands import MEASURED, ROOT, assert_same_outputs, run, script, table, torchrun
 
 import models
+import runtime
 
 SMALL = ["--device", "cpu", "--width", 128, "--crop-size", 64, "--workers", 0]
 KINDS = ("cut", "fastcut", "fastcut_l5", "cyclegan", "segmenter", "adaptation")
@@ -107,6 +109,46 @@ def test_processes_end_without_the_interpreters_shutdown(tmp_path, last):
     assert result.returncode == 0 and result.stdout == "two processes\n", result.stderr
 
 
+def test_processes_agree_on_device_and_precision(tmp_path):
+    """As on two machines of which one has a GPU, and fast bf16 (not the first)."""
+    text = """
+        import torch, torch.distributed as dist, runtime
+
+        join = dist.init_process_group
+        dist.init_process_group = lambda backend, **options: join(backend.replace("nccl", "gloo"), **options)
+        torch.cpu._is_avx512_bf16_supported = lambda: runtime.rank() == 1
+
+        def main():
+            try:
+                runtime.join_processes(torch.device("cuda" if runtime.torchrun("RANK", 0) else "cpu"))
+            finally:
+                assert runtime.pick_precision("auto", torch.device("cpu")) == "fp32"
+
+        runtime.run_script(main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(text))
+    result = torchrun(tmp_path / "driver.py", PYTHONPATH=str(ROOT))
+    assert result.returncode != 0 and "--device: 1 of 2 processes found a GPU; give --device cuda" in result.stderr
+    assert "AssertionError" not in result.stderr
+
+
+def test_an_error_of_nccl_comes_with_its_reason(tmp_path):
+    text = """
+        import sys, torch.distributed as dist, runtime
+
+        def main():
+            reason = "Cuda failure 2 'out of memory'" if sys.argv[1] == "memory" else "Duplicate GPU detected"
+            raise dist.DistBackendError(f"NCCL error in: x.cpp:77, unhandled cuda error\\nLast error:\\n{reason}")
+
+        runtime.processes = lambda: 2
+        runtime.run_script(main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(text))
+    for word, expected in (("memory", "not enough memory: lower"), ("other", "unhandled cuda error Duplicate GPU detected")):
+        result = run(served.python(), tmp_path / "driver.py", word, PYTHONPATH=str(ROOT))
+        assert result.returncode == 1 and expected in result.stderr, result.stderr
+
+
 def test_gradients_are_exchanged_in_their_parameters_layout(tmp_path):
     """Where a side has length 1 a gradient's strides may be others, of which DistributedDataParallel warns, copying each."""
     text = """
@@ -144,7 +186,9 @@ def trained(pair, tmp_path_factory):
 
 def test_stage_2_in_two_processes_or_with_a_cache_writes_the_same_bytes(pair, trained, tmp_path):
     words = ["--source", pair / "source", "--translator", trained / "cut", "--workers", 0, "--device", "cpu", "--out"]
-    one = script("translate_dataset.py", *words, tmp_path / "one", **ONE_THREAD)
+    # The precision that auto does not pick here: a run that is resumed keeps it.
+    other = ["--precision", {"bf16": "fp32", "fp32": "bf16"}[runtime.pick_precision("auto", torch.device("cpu"))]]
+    one = script("translate_dataset.py", *words, tmp_path / "one", *other, **ONE_THREAD)
     assert one.returncode == 0, one.stderr
     (tmp_path / "two").mkdir()
     for part in ("images", "labels", "args.json"):  # half of it done by one process, as if it had been stopped
@@ -156,7 +200,7 @@ def test_stage_2_in_two_processes_or_with_a_cache_writes_the_same_bytes(pair, tr
     assert result.returncode == 0, result.stderr
     assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 2 * 4
     for out in ("three", "four"):  # a cache of resized frames is filled, then read
-        again = script("translate_dataset.py", *words, tmp_path / out, "--cache", tmp_path / "cache", **ONE_THREAD)
+        again = script("translate_dataset.py", *words, tmp_path / out, *other, "--cache", tmp_path / "cache", **ONE_THREAD)
         assert again.returncode == 0 and len(list((tmp_path / "cache").iterdir())) == 2 * 4, again.stderr
         assert_same_outputs(tmp_path / "one", tmp_path / out)
     (tmp_path / "file").touch()
