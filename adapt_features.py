@@ -51,7 +51,7 @@ def parse_args(words=None):
         help="finished run of train_segmenter.py on --source",
     )
     add("--layer", choices=LAYERS, default="decoder3", help="input of D_feat (default decoder3, stride 4)")
-    add("--adversarial-weight", type=runtime.non_negative, default=0.01, help="its loss's weight (default 0.01)")
+    add("--adversarial-weight", type=runtime.non_negative, default=0.01, help="weight of the adversarial loss (default 0.01)")
     add("--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)")
     add("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
     add(

@@ -168,7 +168,6 @@ def evaluate(args, frames, device, precision):
     segmenter, classes = load_segmenter(args.segmenter, "--segmenter", device), frames.classes
     classes.check_same(segmenter.classes, "--data and --segmenter")
     check_frames(frames, segmenter.width)
-    runtime.join_processes(device)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
     frames = frames[runtime.rank() :: runtime.processes()]
     total = torch.zeros(len(classes.names), len(classes.names), dtype=torch.int64)
@@ -248,6 +247,7 @@ def main():
     if args.out:
         read_table(args.out)  # before the work, not after it
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
+    runtime.join_processes(device)
     frames = data.list_frames(args.data, args.split, exclude=data.read_names(args.exclude))
     settings = {
         "frames": frames.fingerprint(),
@@ -260,7 +260,7 @@ def main():
         if previous == settings and row["model"] == name:
             print(f"{name}: already evaluated")
             return
-    if runtime.torchrun("RANK", 0) == 0:
+    if runtime.is_first():
         files.check_writable(args.out.parent if args.out else weights.parent)
         if args.save_predictions:
             lock = open_predictions(args.save_predictions, weights, settings["precision"], [args.data])  # noqa: F841

@@ -47,12 +47,12 @@ def main():
     weights = files.finished(args.segmenter, "--segmenter")
     frames = list_images(args.images, args.split, data.read_names(args.exclude))
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
+    runtime.join_processes(device)
     precision = runtime.pick_precision(args.precision, device)
     segmenter = load_segmenter(args.segmenter, "--segmenter", device)
     if args.sample:
         frames = evenly_spaced(frames, args.sample)
     check_frames(frames, segmenter.width)
-    runtime.join_processes(device)
     if runtime.is_first():
         lock = open_predictions(args.out, weights, precision, args.images)  # noqa: F841 - held until this process ends
     runtime.barrier()

@@ -254,7 +254,7 @@ def pick_device(name, tf32=False, deterministic=False):
 
 
 def pick_precision(name, device, saved=None):
-    """--precision -> "fp32" or "bf16", the same in all processes.
+    """--precision -> "fp32" or "bf16", the same in all joined processes.
 
     auto is `saved`, the precision of a run that is resumed, or else bf16 where the first process's hardware has it and does not
     emulate it.
@@ -343,7 +343,7 @@ def all_reduce_mean_(tensor):
 def all_gather(state, only_first=False):
     """The states of all processes (nested tensors and plain data), in order; those of other processes on the CPU.
 
-    only_first: in the first process; None in the others.
+    only_first: return them in the first process alone, and None in the others.
     """
     if processes() == 1:
         return [state]

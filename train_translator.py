@@ -43,10 +43,7 @@ def parse_args(words=None):
     add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
     add("--flip-equivariance", action="store_true", help="mirror G's input with probability 1/2, and its query features back")
     add(
-        "--identity-weight",
-        type=runtime.non_negative,
-        default=0.0,
-        help="weight of CycleGAN's identity loss (default 0; released: 5)",
+        "--identity-weight", type=runtime.non_negative, default=0.0, help="of CycleGAN's identity loss (default 0; released: 5)"
     )
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)

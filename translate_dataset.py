@@ -49,12 +49,7 @@ def parse_args():
     add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: of the translations (default 1024)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
-    add(
-        "--cache",
-        type=runtime.path,
-        metavar="DIR",
-        help="resized frames, shared with the trainers' --cache, filled where empty",
-    )
+    add("--cache", type=runtime.path, metavar="DIR", help="the trainers' --cache of resized frames, to read and fill")
     runtime.add_compute_arguments(parser)
     runtime.add_device_arguments(parser)
     args = parser.parse_args()

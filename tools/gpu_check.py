@@ -48,7 +48,7 @@ TINY = dict(
     batch={"stage 3": 2, "stage 4": 2}, steps=2, warm_up=1, sizes=("80x160", "80x160"), width=128, frames=4,
     workers=(1, 2), loading_seconds=0.2, iterations=12, translated=30, fid_images=24, compiler="aot_eager",
 )  # fmt: skip
-PARTS = (  # in this order: letter, title, expected seconds on an H200 with slow cores, function
+PARTS = (  # in this order: letter, title, expected seconds, function
     ("A", "the same weights on the CPU and on the device", 75, gpu_compare.part_a),
     ("B", "run_all.sh at a small scale, twice", 150, gpu_runs.part_b),
     ("C", "stopped and resumed runs, several processes", 75, gpu_runs.part_c),
