@@ -264,6 +264,7 @@ def main():
         files.check_writable(args.out.parent if args.out else weights.parent)
         if args.save_predictions:
             lock = open_predictions(args.save_predictions, weights, settings["precision"], [args.data])  # noqa: F841
+    runtime.barrier()  # no process writes a prediction before the folder is checked
     row = table_row(name, scores(evaluate(args, frames, device, settings["precision"])), frames.classes.names)
     print(f"{name}: " + ", ".join(f"{mean} {rounded(row)[mean]}" for mean in MEANS))
     if runtime.is_first() and args.out:
