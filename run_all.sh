@@ -4,7 +4,7 @@
 #   bash run_all.sh                                        # two synthetic domains, minutes, no GPU needed
 #   SOURCE=gta5 TARGET=cityscapes bash run_all.sh          # the paper's settings on real data
 #   SOURCE=gta5 TARGET=photos METHODS=fastcut_l5 bash run_all.sh     # CLADA alone, on a folder of photographs without labels
-#   SETTINGS=small SOURCE=... TARGET=... bash run_all.sh    # smaller networks: one consumer GPU, or two CPU cores in hours
+#   SETTINGS=small SOURCE=... TARGET=... bash run_all.sh    # smaller networks: minutes on a GPU, hours on two CPU cores
 #   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's tiny networks: minutes for a few hundred frames
 #   bash run_all.sh test                                   # the tests
 #

@@ -22,6 +22,7 @@ touches CUDA, because CUDA does not survive a fork.
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -97,7 +98,9 @@ def run_parts(args, end):
             job.end = min(end, started + 2 * seconds)
             with harness.attempt(letter, what, is_check=letter in "ABC"):
                 function()
-            record(letter, f"{what}: all of it", time.monotonic() - started, "s")
+            largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+            note = f"largest process so far: {largest:.1f} GiB of main memory"
+            record(letter, f"{what}: all of it", time.monotonic() - started, "s", note=note)
 
 
 def main(words=None):
