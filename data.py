@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import secrets
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,6 +32,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 VOID = 255
 CLASSES = [c for c in Cityscapes.classes if 0 <= c.train_id < VOID]  # the 19 evaluated classes, ordered by train id
+UNFINISHED = ".unfinished"  # file in the root of a data set that translate_dataset.py is still filling
 LAYOUTS = {  # marker folder of each layout: folder and ending of its images, of its labels; levels of folders below
     "images": (("images", ""), ("labels", ""), 0),
     "leftImg8bit": (("leftImg8bit/{}", "_leftImg8bit"), ("gtFine/{}", "_gtFine_labelIds"), 1),  # {}: the split
@@ -162,6 +164,8 @@ def match_files(root, split, labelled, exclude):
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
+    if labelled and (root / UNFINISHED).exists():
+        raise ValueError(f"{root}: translate_dataset.py has not finished it; run that command again")
     layout = next(folder for folder in LAYOUTS if (root / folder).is_dir())
     if labelled and not layout:
         raise ValueError(f"{root}: no images/ (GTA5) or leftImg8bit/ (Cityscapes) in it")
@@ -327,7 +331,7 @@ def load_at_width(path, width, load=load_image, cache=None):
         return load(copy)
     frame = resize_to_width(original := load(path), width)
     if frame is not original:
-        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+        temporary = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}.part")
         with contextlib.suppress(OSError):  # a full disk, for example: the cache is optional
             try:
                 v2.functional.to_pil_image(frame).save(temporary, format="PNG", compress_level=1)

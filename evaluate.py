@@ -255,11 +255,13 @@ def main():
         "weights": files.digest(weights),
         "precision": runtime.pick_precision(args.precision, device),
     }
+    is_done = False
     if args.skip_done and evaluation.is_file():
         row, previous = read_evaluation(evaluation)
-        if previous == settings and row["model"] == name:
-            print(f"{name}: already evaluated")
-            return
+        is_done = previous == settings and row["model"] == name
+    if runtime.all_gather(is_done)[0]:  # for all processes the same
+        print(f"{name}: already evaluated")
+        return
     if runtime.is_first():
         files.check_writable(args.out.parent if args.out else weights.parent)
         if args.save_predictions:

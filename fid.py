@@ -21,6 +21,7 @@ import io
 import json
 import os
 import re
+import secrets
 import sys
 import tempfile
 from functools import partial
@@ -189,7 +190,8 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
         raise ValueError(f"{name}: {len(paths)} images, a covariance needs at least 2")
     cached = cache and Path(cache) / f"{fingerprint(paths, network, width)}.npz"
     if cached and cached.exists():
-        return load_statistics(cached)
+        with contextlib.suppress(ValueError):  # damaged: computed again
+            return load_statistics(cached)
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     options = {"num_workers": min(workers, len(batches)), "worker_init_fn": end_with_parent}
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=partial(read_batch, width=width), **options)
@@ -249,15 +251,19 @@ def save_statistics(path, mu, sigma):
 
 def write_whole(path, content):
     """Write bytes to a temporary file, then rename it: `path` holds the old or the new content, never a part of it."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    temporary = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # after the rename there is none
+            temporary.unlink()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):

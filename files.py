@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import secrets
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_whole(path, content):
     Raises OSError, which says how much space is needed and how much is free if the disk is full; an older file stays as it is.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

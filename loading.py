@@ -22,6 +22,7 @@ import runtime
 
 log = logging.getLogger("loading")
 KILLED = "a worker process that reads images was killed, most likely for lack of memory: lower --workers or --width"
+_abandoned = []  # iterators of killed workers: their destructors might wait forever for a half-sent batch
 PATIENCE = 120  # seconds without a batch after which the log names what is awaited
 
 
@@ -84,9 +85,10 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
         try:
             check_workers()
             read = next(iterator)
-        except RuntimeError as error:  # the loader's own, or CUDA's in pinning; errors in reading samples are returned
-            if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
-                raise
+        except (ChildProcessError, RuntimeError) as error:  # errors in reading samples are returned
+            if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory thread")):
+                raise  # CUDA's
+            _abandoned.append(iterator)
             raise ChildProcessError(KILLED) from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

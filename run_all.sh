@@ -60,6 +60,7 @@ set_up() { # FILE...: requirements files; leaves the Python to use in PYTHON
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "python3 is $(python3 -V), 3.10 or newer is needed"
     title "Set-up: installing the requirements into $HERE/.venv, once"
     [ -x "$PYTHON" ] || python3 -m venv --clear "$HERE/.venv" || fail "python3 -m venv does not work here; on Debian and Ubuntu: apt install python3-venv"
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null # venv was stopped halfway
     local file files=()
     for file in "$@"; do files+=(-r "$file"); done
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "${files[@]}"

@@ -79,12 +79,15 @@ class Run:
         files.check_out(self.out, *inputs)
         if args.cache:
             files.check_out(args.cache, *inputs, flag="--cache")
-        path = self.out / "args.json"
-        self.saved = files.read_json(path) if path.is_file() else {}
+        self.saved = self._read_arguments()
         args.precision = runtime.pick_precision(args.precision, self.device, self.saved.get("precision"))
         self._compare_arguments()
         self.iteration, self.frames = 0, {}  # steps done; the data, {name: data.FrameList}
         self.rows, self.sums, self.steps_summed = [], {}, 0
+
+    def _read_arguments(self):
+        path = self.out / "args.json"
+        return files.read_json(path) if path.is_file() else {}
 
     def _compare_arguments(self, may_differ=()):
         """Raise ValueError if the run was started with arguments or data that would change what it computes."""
@@ -113,7 +116,7 @@ class Run:
         for name, listed in frames.items():
             setattr(self.args, f"frames_of_{name}", listed.fingerprint())
             setattr(self.args, f"content_of_{name}", listed.content())
-        is_finished = (self.out / "weights.pt").is_file()
+        is_finished = runtime.all_gather((self.out / "weights.pt").is_file())[0]  # for all processes the same
         self._compare_arguments(may_differ=() if is_finished else [f"content_of_{name}" for name in frames])
         if is_finished:
             print(f"{self.out}: finished")
@@ -136,6 +139,8 @@ class Run:
         self.state, self.weights = state, weights
         if runtime.is_first():
             self.lock = files.lock(self.out)
+            if self._read_arguments() != self.saved:
+                raise ValueError(f"{self.out}: another process has trained there since this one started; run the command again")
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
         if self.args.cache:  # each machine may have its own
@@ -143,6 +148,11 @@ class Run:
         runtime.barrier()
         if self.checkpoint.is_file():
             self._load()
+        settings = {key: value for key, value in self.arguments.items() if key not in FREE_ARGUMENTS}
+        if any(each != [self.iteration, settings] for each in runtime.all_gather([self.iteration, settings])):
+            raise ValueError(
+                f"{self.out}: the processes find different checkpoints or data there; all need the same file system"
+            )
         if self.args.compile:
             for part in state.values():
                 if isinstance(part, torch.nn.Module):

@@ -114,9 +114,9 @@ def open_out(args, settings, frames):
             f"--out {args.out}: started with other settings: {listed}; give another --out, or delete this one to start anew"
         )
     runtime.barrier()  # all processes have compared
+    for part in parts(args):
+        (args.out / part).mkdir(exist_ok=True)
     if runtime.is_first():
-        for part in parts(args):
-            (args.out / part).mkdir(exist_ok=True)
         files.clear_parts(args.out)
         files.write_json(args.out / "args.json", settings)
         if frames.classes is not data.CITYSCAPES:
@@ -218,9 +218,13 @@ def main():
     count = sum(frame.name in done for frame in frames)
     where = runtime.describe(device, precision)
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
+    if runtime.is_first() and count < len(frames):
+        (args.out / data.UNFINISHED).touch()
     if own:
         translate_batches(translator, own, frames.classes, args)
     runtime.barrier()
+    if runtime.is_first():
+        (args.out / data.UNFINISHED).unlink(missing_ok=True)
     if count == len(frames):
         print(f"{args.out}: finished")
 

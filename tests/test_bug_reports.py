@@ -95,6 +95,38 @@ def test_a_damaged_frame_ends_every_script_within_seconds(damaged, runs, tmp_pat
     assert time.monotonic() - began < 60 and "Traceback" not in result.stderr
 
 
+def test_a_half_translated_data_set_is_not_trained_on(damaged, pair, runs, tmp_path):
+    """As in a list of commands that goes on after stage 2 has failed."""
+    shutil.copytree(damaged, tmp_path / "d")
+    translate = [commands(tmp_path / "d", runs, tmp_path)["translate_dataset.py"], "--batch-size", 1]
+    translate = ["translate_dataset.py", *translate[0], *translate[1:]]
+    train = ["train_segmenter.py", *trainers(pair, tmp_path)["train_segmenter.py"], "--data", tmp_path / "set", "--check"]
+    assert script(*translate).returncode == 2 and len(list((tmp_path / "set" / "images").iterdir())) > 0
+    result = script(*train)
+    assert result.returncode == 2 and "translate_dataset.py has not finished it" in last_line(result)
+    shutil.copy(pair / "source" / "images" / "00002.png", tmp_path / "d" / "source" / "images")
+    assert script(*translate).returncode == 0 and script(*train).returncode == 0
+
+
+def test_a_run_that_another_process_has_trained_meanwhile_is_refused(pair, tmp_path):
+    driver = """
+        import files, runtime, train_segmenter
+
+        def late(folder, lock=files.lock):
+            files.write_json(folder / "args.json", {"lr": 0.5})
+            return lock(folder)
+
+        files.lock = late
+        runtime.run_script(train_segmenter.main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(driver))
+    (tmp_path / "segmenter").mkdir()
+    words = [*trainers(pair, tmp_path)["train_segmenter.py"], "--out", tmp_path / "segmenter", "--iterations", 1]
+    result = run(sys.executable, tmp_path / "driver.py", *words, PYTHONPATH=str(ROOT))
+    assert result.returncode == 2 and "another process has trained there" in last_line(result)
+    assert json.loads((tmp_path / "segmenter" / "args.json").read_text()) == {"lr": 0.5}
+
+
 def test_a_label_with_unknown_ids_ends_training_within_seconds(pair, runs, tmp_path):
     shutil.copytree(pair / "source", tmp_path / "d" / "source")
     bad = tmp_path / "d" / "source" / "labels" / "00003.png"
@@ -121,10 +153,22 @@ def test_a_damaged_frame_ends_run_all(damaged, tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_reading_process_that_is_killed_is_said(pair, tmp_path, batch):
-    """Also one that was writing a batch larger than its pipe holds, for whose end one would wait for ever."""
+    """Also one that was writing a batch larger than its pipe holds, for whose end one would wait for ever; with CUDA, the
+    loader's destructor would, which is simulated here."""
+    driver = """
+        import time, torch.utils.data.dataloader as loader, train_translator, runtime
+
+        def wait(self):
+            time.sleep(0 if loader._utils.python_exit_status else 1000)
+
+        loader._MultiProcessingDataLoaderIter._shutdown_workers = wait
+        runtime.run_script(train_translator.main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(driver))
     words = [*trainers(pair, tmp_path)["train_translator.py"], "--batch-size", batch, "--log-every", 1]
-    command = [sys.executable, ROOT / "train_translator.py", *words, "--iterations", 100_000, "--workers", 2]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, tmp_path / "driver.py", *words, "--iterations", 100_000, "--workers", 2]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
     children = []
     while not (tmp_path / "translator" / "log.csv").exists() and process.poll() is None:
         time.sleep(0.1)

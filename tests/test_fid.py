@@ -431,6 +431,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "x.npz").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_damaged_cache_is_made_anew(folders, network, tmp_path):
+    expected = fid.statistics(folders[0], network, cache=tmp_path / "c")
+    [cached] = (tmp_path / "c").iterdir()
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:100])  # after a power failure, for example
+    assert all(map(np.array_equal, fid.statistics(folders[0], network, cache=tmp_path / "c"), expected))
+    assert cached.read_bytes() == whole
+
+
 def test_an_unusable_cache_loses_no_distance(folders, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     status, out, err = call(monkeypatch, capsys, *folders, "--cache", tmp_path / "file" / "cache")

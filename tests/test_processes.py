@@ -132,6 +132,35 @@ def test_processes_agree_on_device_and_precision(tmp_path):
     assert "AssertionError" not in result.stderr
 
 
+@pytest.mark.parametrize("differs", ["out", "data"])
+def test_processes_without_a_common_file_system_are_refused(pair, tmp_path, differs):
+    """As on two machines that each have their own disk: one would resume, the other start anew, or read other frames."""
+    text = f"""
+        import os, shutil, sys, runtime, train_segmenter
+        from pathlib import Path
+
+        def main():
+            rank = os.environ["RANK"]
+            sys.argv = [word.replace("RANK", rank if {differs + "RANK"!r} in word else "0") for word in sys.argv]
+            for leg in range(2 if {differs!r} == "out" else 1):
+                train_segmenter.main()
+                if rank == "0":
+                    Path(sys.argv[-1], "weights.pt").unlink()
+                runtime.barrier()
+
+        runtime.run_script(main)
+    """
+    (tmp_path / "driver.py").write_text(textwrap.dedent(text))
+    for rank in (0, 1):
+        shutil.copytree(pair / "source", tmp_path / f"data{rank}")
+    shutil.copy(pair / "source" / "images" / "00001.png", tmp_path / "data1" / "images" / "00000.png")
+    words = ["--data", tmp_path / "dataRANK", "--encoder", "efficientnet-b0", "--encoder-weights", "none", *SMALL]
+    words += ["--iterations", 2, "--batch-size", 1, "--out", tmp_path / "outRANK"]
+    result = torchrun(tmp_path / "driver.py", *words, PYTHONPATH=str(ROOT), **ONE_THREAD)
+    assert result.returncode != 0 and "all need the same file system" in result.stderr, result.stderr
+    assert (tmp_path / "out0" / "checkpoint.pt").exists() == (differs == "out")
+
+
 def test_an_error_of_nccl_comes_with_its_reason(tmp_path):
     text = """
         import sys, torch.distributed as dist, runtime
