@@ -151,7 +151,7 @@ class Run:
         settings = {key: value for key, value in self.arguments.items() if key not in FREE_ARGUMENTS}
         if any(each != [self.iteration, settings] for each in runtime.all_gather([self.iteration, settings])):
             raise ValueError(
-                f"{self.out}: the processes find different checkpoints or data there; all need the same file system"
+                f"{self.out}: the processes find different checkpoints, data or weights; --out must be on a file system that all share"
             )
         if self.args.compile:
             for part in state.values():

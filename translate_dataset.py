@@ -6,7 +6,7 @@
 
 Writes OUT/images/NAME.png and OUT/labels/NAME.png (Cityscapes label ids), GTA5's layout, at the width that the translator was
 trained for, with the height in proportion; labels are resized by nearest-exact (ours). The same command resumes an
-interrupted run.
+interrupted run; until it has finished, OUT/.unfinished keeps others from reading OUT's labels.
 """
 
 import itertools
