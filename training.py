@@ -150,9 +150,7 @@ class Run:
             self._load()
         settings = {key: value for key, value in self.arguments.items() if key not in FREE_ARGUMENTS}
         if any(each != [self.iteration, settings] for each in runtime.all_gather([self.iteration, settings])):
-            raise ValueError(
-                f"{self.out}: the processes find different checkpoints, data or weights; --out must be on a file system that all share"
-            )
+            raise ValueError(f"{self.out}: processes find different checkpoints or data; --out must be on a shared file system")
         if self.args.compile:
             for part in state.values():
                 if isinstance(part, torch.nn.Module):
