@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import re
-import secrets
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -132,9 +131,9 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     """Find the frames of a data set and check the headers of their files -> FrameList.
 
     split: a Cityscapes split, or several joined by commas ("train,train_extra"). labelled: if False, labels are not read, and
-    frames of a folder in neither layout are named by their relative path, such as "trainA/0001".
-    exclude: names of frames to leave out (read_names). Pairs in GTA5's layout whose image and label differ in size are left
-    out too (about sixty in GTA5, 20801 to 20860). Logs how many are left out. Raises ValueError for any other problem.
+    frames of a folder in neither layout are named by their relative path ("trainA/0001"). exclude: names of frames to leave
+    out (read_names). Pairs in GTA5's layout that differ in size are left out, too (about sixty in GTA5, 20801 to 20860). Logs
+    how many are left out. Raises ValueError for any other problem.
     """
     frames, problems = match_files(Path(root), split, labelled, exclude)
     if problems:
@@ -160,7 +159,7 @@ def list_frames(root, split="train", labelled=True, exclude=()):
 def match_files(root, split, labelled, exclude):
     """Find the files of frames by their names -> (FrameList without sizes, list of problems, one line each).
 
-    Arguments as for list_frames. Raises ValueError where there is no such data set.
+    Arguments as for list_frames. Raises ValueError where there is no such data set, or an unfinished translation.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
@@ -331,7 +330,7 @@ def load_at_width(path, width, load=load_image, cache=None):
         return load(copy)
     frame = resize_to_width(original := load(path), width)
     if frame is not original:
-        temporary = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}.part")
+        temporary = copy.with_name(f".{copy.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):  # a full disk, for example: the cache is optional
             try:
                 v2.functional.to_pil_image(frame).save(temporary, format="PNG", compress_level=1)

@@ -22,8 +22,8 @@ import runtime
 
 log = logging.getLogger("loading")
 KILLED = "a worker process that reads images was killed, most likely for lack of memory: lower --workers or --width"
-_abandoned = []  # iterators of killed workers: their destructors might wait forever for a half-sent batch
 PATIENCE = 120  # seconds without a batch after which the log names what is awaited
+_abandoned = []  # iterators of killed workers: their destructors might wait forever for a half-sent batch
 
 
 def stacked(samples):
