@@ -13,8 +13,8 @@ frames.
 
 The segmenter's learning rate is constant for the first half of its steps, then falls linearly to 0; D_feat's is constant.
 CyCADA skips the segmenter's whole step while the gate is shut; here the supervised loss continues (ours, as are this stage's
-layer, Adam, learning rates, crop, batch and iterations). CyCADA's weight is 0.1, the paper's 0.1 or less; 0.01 was better on
-the pairs in docs/results.md. The same command resumes an unfinished run.
+layer, Adam, learning rates, crop, batch and iterations). CyCADA's weight is 0.1, the paper's 0.1 or less; 0.01 was chosen
+on two pairs (docs/results.md). The same command resumes an unfinished run.
 """
 
 import logging
@@ -41,7 +41,7 @@ LAYERS = [f"{part}{n}" for part in ("encoder", "decoder") for n in range(1, 6)]
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    target = "target data set; labels are not read"
+    target = "target data set, or any folder of images; labels are not read"
     training.add_domain_arguments(parser, source="translated, labelled data set", target=target)
     add(
         "--segmenter",
@@ -57,7 +57,7 @@ def parse_args(words=None):
     add(
         "--head-start",
         type=runtime.count,
-        help="steps at the start that train D_feat alone, counted in --iterations (default: a tenth)",
+        help="first steps, which train D_feat alone; part of --iterations (default: a tenth of them)",
     )
     add("--no-target", action="store_true", help="control: no target frames reach the segmenter, and there is no adversary")
     training.add_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
@@ -109,7 +109,7 @@ def training_step(
 ):
     """One step of D_feat and, after its head start, one of the segmenter -> losses by name.
 
-    batch: source images (B, 3, H, W) in [0, 1], their labels (B, H, W) and target images, or None for supervised steps alone.
+    batch: source images (B, 3, H, W) in [0, 1], their train ids (B, H, W), and target images, which are None with --no-target.
     """
     source, labels, target = batch
     with autocast, torch.set_grad_enabled(not head_start):
@@ -117,8 +117,8 @@ def training_step(
         if target is not None:
             _, features_target = segmenter(target, return_features=True)
             features_source, features_target = features_source[layer], features_target[layer]
-    task = loss = segmentation_loss(logits, labels)
-    losses = {"task": task}
+    loss = segmentation_loss(logits, labels)
+    losses = {"task": loss}
 
     if target is not None:  # D_feat: equation 1 on features; source features are "real"
         with autocast:
@@ -186,10 +186,9 @@ def main():
         return
     check_frames(source, args.width, args.crop_size)
     parts = build(args, weights, source.classes, run.device)
-    content = lambda: models.network_state(parts["segmenter"], args.width, source.classes.rows)  # noqa: E731
-    run.restore(content, **parts)
+    run.restore(partial(models.network_state, parts["segmenter"], args.width, source.classes.rows), **parts)
 
-    crops = (args.width, args.crop_size, run.samples, args.seed)
+    crops = (args.width, args.crop_size, run.sample_count, args.seed)
     labelled = data.Crops(source, *crops, stream=0, labelled=True, cache=args.cache)
     dataset = StackDataset(labelled, data.Crops(target, *crops, stream=1, cache=args.cache))
     autocast = runtime.autocast(run.device, args.precision)

@@ -56,7 +56,7 @@ def check_frames(frames, width=None, crop=None):
     if labels and is_void:  # such as Cityscapes' test split
         raise ValueError(f"{labels[0]}: all void, as are all {len(labels)} labels; label ids are needed")
     if labels:
-        log.warning("%s: no label has an id above 18. Train ids? Label ids are needed (car is 26)", labels[0])
+        log.warning("%s: no label id is above 18; are these train ids? Label ids are needed (car is 26)", labels[0])
 
 
 def inspect(frame, classes):
@@ -75,7 +75,7 @@ def inspect(frame, classes):
 def parse_args():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("folder", type=runtime.path, metavar="DIR", help="data set in the layout of GTA5 or Cityscapes")
+    add("folder", type=runtime.path, metavar="DIR", help="data set: GTA5 or Cityscapes layout, or with --unlabelled any folder")
     add("--split", default="train", help="Cityscapes split, or several joined by commas (default: train)")
     add("--unlabelled", action="store_true", help="use the images only")
     add("--exclude", metavar="FILE", help="text file with the names of frames to leave out, one per line")

@@ -8,6 +8,7 @@ Not in the paper. It is a control for trained translators (`translate_dataset.py
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,14 +39,11 @@ def photograph_statistics(photographs, width):
         return torch.stack([*pool.map(lambda frame: statistics(data.load_at_width(frame.image, width)), photographs[::step])])
 
 
-class ColourTransfer:
-    """Give an image the mean and deviation, channel by channel, of a photograph that is drawn by `seed` and the image's name.
+class ColourTransfer(NamedTuple):
+    """Give an image the mean and deviation, channel by channel, of a photograph drawn by `seed` and the image's name."""
 
-    photographs: their statistics, (N, 2, 3).
-    """
-
-    def __init__(self, photographs, seed):
-        self.photographs, self.seed = photographs, seed
+    photographs: torch.Tensor  # their statistics, (N, 2, 3)
+    seed: int
 
     def __call__(self, name, image):
         """A frame's name and image (3, H, W) uint8 -> image (3, H, W) uint8."""
@@ -54,7 +52,3 @@ class ColourTransfer:
         lab = (to_lab(image) - mean) / deviation.clamp(min=1e-4) * new_deviation + new_mean
         rgb = RGB_TO_LMS.inverse() @ 10 ** (LMS_TO_LAB.inverse() @ lab)
         return rgb.round().clamp(0, 255).to(torch.uint8).view_as(image)
-
-    def state(self):
-        """Keyword arguments that recreate it: ColourTransfer(**state)."""
-        return {"photographs": self.photographs, "seed": self.seed}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 from torchvision.transforms import InterpolationMode, v2
@@ -32,13 +32,16 @@ from torchvision.transforms import InterpolationMode, v2
 VOID = 255
 CLASSES = [c for c in Cityscapes.classes if 0 <= c.train_id < VOID]  # the 19 evaluated classes, ordered by train id
 UNFINISHED = ".unfinished"  # file in the root of a data set that translate_dataset.py is still filling
-LAYOUTS = {  # marker folder of each layout: folder and ending of its images, of its labels; levels of folders below
+LAYOUTS = {  # marker folder: (folder, file ending) of images, the same of labels, levels of subfolders to search
     "images": (("images", ""), ("labels", ""), 0),
     "leftImg8bit": (("leftImg8bit/{}", "_leftImg8bit"), ("gtFine/{}", "_gtFine_labelIds"), 1),  # {}: the split
     "": (("", ""), None, math.inf),  # any folder of images
 }
+# EXIF orientation -> what turns the image upright. (ImageOps.exif_transpose fails if any other tag is damaged.)
+UPRIGHT = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # by default, Pillow refuses PNGs with a 1 MiB ICC profile
 log = logging.getLogger("data")
-# The paths of an image and of its label map or None, a name unique within the data set, and (width, height) in pixels.
+# name: unique within the data set; image, label: paths, label None if it is not read; size: (width, height) in pixels.
 Frame = namedtuple("Frame", "name image label size")
 
 
@@ -59,11 +62,14 @@ class Classes:
             self.train_ids[label_id], self.colours[label_id] = train_id, colour
         self.palette = self.colours[self.label_ids]
 
+    def __reduce__(self):  # in worker processes that were not forked, too, CITYSCAPES is CITYSCAPES
+        return "CITYSCAPES" if self is CITYSCAPES else (Classes, (self.rows,))
+
     def check_same(self, other, what):
-        """Raise ValueError, saying where they differ, unless another table is the same."""
+        """Raise ValueError, naming the first difference, unless `other` is the same table. what: opens the message."""
         for one, two in zip_longest(self.rows, other.rows):
             if one != two:
-                raise ValueError(f"{what}: the tables of classes differ: {one or 'nothing'} and {two or 'nothing'}")
+                raise ValueError(f"{what}: the class tables differ: {one or 'no row'} and {two or 'no row'}")
 
 
 CITYSCAPES = Classes((c.id, c.name, c.train_id if c.train_id >= 0 else VOID, *c.color) for c in Cityscapes.classes if c.id >= 0)
@@ -147,7 +153,8 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     frames.left_out |= {frame.name: "left out, because image and label differ in size" for frame in differing}
     frames[:] = [frame._replace(size=size) for frame, (size, label_size) in zip(frames, sizes) if size == label_size]
     if not frames:
-        raise ValueError(f"{root}: no image (.png, .jpg) to use; {len(frames.left_out)} left out")
+        where = f"{root}/images" if (Path(root) / "images").is_dir() else root
+        raise ValueError(f"{where}: no image (.png, .jpg) to use; {len(frames.left_out)} left out")
     if unmatched := sorted({*exclude} - {*map(bare_name, frames.left_out)}):
         log.warning("%s: %d excluded names match no frame: %s", root, len(unmatched), first_few(unmatched))
     for reason in dict.fromkeys(frames.left_out.values()):
@@ -226,7 +233,7 @@ def _entries_below(root, depth):
 
 
 def read_names(path):
-    """Read names of frames, or of their files, from a text file (or None), one per line, # starting a comment -> frozenset."""
+    """Names of frames or files in a text file, one per line, # for comments -> frozenset, empty for None. Raises ValueError."""
     if path is None:
         return frozenset()
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # as Python decodes paths
@@ -237,7 +244,7 @@ def read_names(path):
 
 
 def bare_name(name):
-    """The name of a frame or of one of its files without folders, Cityscapes' endings and suffix."""
+    """Strip folders, Cityscapes' endings and the suffix from the name of a frame or of one of its files."""
     return re.sub(r"(_leftImg8bit|_gtFine_labelIds)?(?i:\.png|\.jpg|\.jpeg)?\Z", "", os.path.basename(name))
 
 
@@ -261,7 +268,7 @@ def read_file(path, is_label=False, header_only=False):
                     orientation = image.getexif().get(ExifTags.Base.Orientation)
             size = image.size[::-1] if orientation in range(5, 9) else image.size
             if not header_only:
-                image = ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+                image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
                 pixels = np.array(image if is_label or image.mode == "RGB" else image.convert("RGB"))
                 palette = image.getpalette()
     except MemoryError:  # not a fault of the file
@@ -333,6 +340,7 @@ def load_at_width(path, width, load=load_image, cache=None):
         temporary = copy.with_name(f".{copy.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):  # a full disk, for example: the cache is optional
             try:
+                copy.parent.mkdir(parents=True, exist_ok=True)
                 v2.functional.to_pil_image(frame).save(temporary, format="PNG", compress_level=1)
                 os.replace(temporary, copy)
             finally:
@@ -363,14 +371,16 @@ class Crops(torch.utils.data.Dataset):
         return self.frames[torch.randperm(len(self.frames), generator=generator)[position]]
 
     def __getitem__(self, k):
+        if not 0 <= k < self.length:
+            raise IndexError(k)  # ends a for loop
         frame = self.frame(k)
         sample = [load_at_width(frame.image, self.width, cache=self.cache)]
         if self.transfer:
             sample = [tv_tensors.Image(self.transfer(frame.name, sample[0].as_subclass(torch.Tensor)))]
         if self.labelled:
             sample.append(load_at_width(frame.label, self.width, partial(load_label_ids, classes=self.classes), self.cache))
-        with torch.random.fork_rng(devices=[]):  # the transforms use torch's global generator
-            torch.manual_seed(_mix(self.seed, self.stream, 1, k))
+        with torch.random.fork_rng(devices=[]):  # the transforms use torch's global generator: not safe in threads
+            torch.default_generator.manual_seed(_mix(self.seed, self.stream, 1, k))  # not CUDA's
             image, *label_ids = (part.as_subclass(torch.Tensor) for part in self.augment(sample))
         return (image, torch.from_numpy(self.classes.train_ids)[label_ids[0].long()]) if self.labelled else image
 

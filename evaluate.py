@@ -11,7 +11,6 @@ that is absent from the ground truth has an empty cell and is left out of the me
 it is predicted anywhere; otherwise the two agree. To use the metrics elsewhere, import confusion_matrix and scores.
 """
 
-import io
 import logging
 import os
 
@@ -55,7 +54,7 @@ def confusion_matrix(prediction, label, num_classes=19, ignore=255):
 
 
 def scores(confusion):
-    """(C, C) counts n_ij of pixels of class i predicted as j -> the scores of equation 5, as fractions from 0 to 1.
+    """(C, C) counts n_ij of pixels of class i predicted as j, t_i = sum_j n_ij -> scores of equation 5, from 0 to 1.
 
     iou: (C,) float64, n_ii / (t_i + sum_j n_ji - n_ii), nan for classes absent from the truth; miou: its mean over the
     other classes; fwiou: its mean weighted by t_i; pixel_accuracy: sum n_ii / sum t_i. All are nan if no pixel was counted.
@@ -75,12 +74,9 @@ def scores(confusion):
 # Predictions
 
 
-def load_segmenter(run, flag, device):
-    """The UNet of a finished run of stage 3 or 4, in eval mode; its `classes` are data.Classes.
-
-    Raises ValueError naming `flag` if the run is not finished.
-    """
-    segmenter = models.load_network(files.finished(run, flag), models.UNet, device)
+def load_segmenter(run, device):
+    """The UNet of a finished run of stage 3 or 4, or of its weights.pt, in eval mode; its `classes` are data.Classes."""
+    segmenter = models.load_network(run, models.UNet, device)
     segmenter.classes = data.Classes(segmenter.classes or data.CITYSCAPES.rows)
     return segmenter.to(memory_format=torch.channels_last)
 
@@ -107,9 +103,9 @@ class Frames(torch.utils.data.Dataset):
 
 
 @torch.inference_mode()
-def predict(segmenter, image, size, autocast):
+def predict(segmenter, image, size, precision="fp32"):
     """(3, h, w) uint8 on the network's device -> (H, W) train ids; the logits are resized to `size` (H, W) before argmax."""
-    with autocast:
+    with runtime.autocast(image.device, precision):
         logits = segmenter(data.to_unit(image)[None].contiguous(memory_format=torch.channels_last))
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
@@ -121,43 +117,42 @@ def predictions(segmenter, frames, classes, args, device, precision):
 
     labels: [(H, W) train ids by `classes`], or [] where the frame has no label.
     """
-    autocast, indices = runtime.autocast(device, precision), [[i] for i in range(len(frames))]  # of one, as sizes differ
+    indices = [[i] for i in range(len(frames))]  # batches of one, as sizes differ
     dataset = Frames(frames, segmenter.width, classes)
     with loading.progress(len(frames), args.segmenter) as bar:
         for i, [(image, *labels)] in enumerate(loading.batches(dataset, indices, args.workers, device, collate=list)):
-            yield frames[i], predict(segmenter, image, frames[i].size[::-1], autocast), labels
+            yield frames[i], predict(segmenter, image, frames[i].size[::-1], precision), labels
             bar.update()
 
 
 def open_predictions(out, weights, precision, images):
-    """Lock a folder for predictions -> the lock. Raises ValueError if it holds other ones, or files of other origin."""
-    path, folders = out / "args.json", sorted({os.path.realpath(p) if os.path.isdir(p) else os.path.dirname(p) for p in images})
+    """Lock a folder for predictions -> the lock. Raises ValueError if it holds predictions made otherwise, or other files."""
+    saved = files.read_settings(out)
+    folders = sorted({os.path.realpath(p) if os.path.isdir(p) else os.path.dirname(p) for p in images})
     settings = {"script": "predict.py", "weights": files.digest(weights), "precision": precision, "images": folders}
-    if not path.is_file() and any(out.rglob("*.png")):
+    if not saved and any(out.rglob("*.png")):
         raise ValueError(f"{out}: holds files that are not predictions; give another folder")
-    if path.is_file() and files.read_json(path) != settings:
-        raise ValueError(f"{out}: of another model, settings or folder of images; give another folder, or delete this one")
+    files.check_settings(out, saved, settings)
     lock = files.lock(out)
     files.clear_parts(out)
-    files.write_json(path, settings)
+    files.write_json(out / "args.json", settings)
     return lock
 
 
 def save_prediction(out, frame, prediction, classes, overlay=False):
-    """Write (H, W) train ids to OUT/NAME.png, a palette PNG of label ids in their colours, Cityscapes' unless `classes` differ.
+    """Write (H, W) train ids to OUT/NAME.png, as a palette PNG of label ids with the ids and colours of `classes`.
 
     overlay: also write NAME_overlay.jpg, these colours over the photograph.
     """
     path = out / f"{frame.name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if overlay:
-        photo, buffer = data.load_image(frame.image), io.BytesIO()
-        mixed = (photo.float() + data.colourise(prediction, classes)) / 2
-        Image.fromarray(mixed.round().byte().permute(1, 2, 0).numpy()).save(buffer, format="JPEG", quality=90)
-        files.write_whole(path.with_name(f"{path.stem}_overlay.jpg"), buffer.getbuffer())
+        mixed = (data.load_image(frame.image).float() + data.colourise(prediction, classes)) / 2
+        photo = Image.fromarray(mixed.round().byte().permute(1, 2, 0).numpy())
+        files.write_whole(path.with_name(f"{path.stem}_overlay.jpg"), files.image_bytes(photo, "JPEG", quality=90))
     ids = Image.fromarray(classes.label_ids[prediction.numpy()])
     ids.putpalette(classes.colours.tobytes())
-    files.write_whole(path, files.png_bytes(ids))  # last: its file marks the frame as finished
+    files.write_whole(path, files.image_bytes(ids))  # last: its file marks the frame as finished
 
 
 def evaluate(args, frames, device, precision):
@@ -165,7 +160,7 @@ def evaluate(args, frames, device, precision):
 
     Under torchrun each process predicts every n-th frame and returns the matrix summed over all of them.
     """
-    segmenter, classes = load_segmenter(args.segmenter, "--segmenter", device), frames.classes
+    segmenter, classes = load_segmenter(args.segmenter, device), frames.classes
     classes.check_same(segmenter.classes, "--data and --segmenter")
     check_frames(frames, segmenter.width)
     log.info("%s: %s; %d frames", args.segmenter, runtime.describe(device, precision), len(frames))
@@ -208,10 +203,7 @@ def add_row(path, row):
 def read_evaluation(path):
     """RUN/evaluation.json -> (row of table 2, the settings it was made with). Raises ValueError if the file is not one."""
     settings = files.read_json(path, "row")
-    row = settings.pop("row")
-    if any(isinstance(cell, str) for column, cell in row.items() if column != "model"):
-        raise ValueError(f"{path}: of version 0.1, with rounded scores; delete it and evaluate that run again")
-    return row, settings
+    return settings.pop("row"), settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,10 +221,9 @@ def parse_args():
     add("--skip-done", action="store_true", help=done)
     add("--save-predictions", type=runtime.path, metavar="DIR", help="also write predictions, as predict.py does")
     runtime.add_compute_arguments(parser, precision="fp32")  # so that scores agree between machines
-    runtime.add_device_arguments(parser)
     args = parser.parse_args()
     if args.skip_done and (args.out or args.save_predictions):
-        parser.error("--skip-done: not with --out or --save-predictions, which are written at every call")
+        parser.error("--skip-done cannot be combined with --out or --save-predictions, which are always written")
     return args
 
 

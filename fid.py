@@ -1,6 +1,6 @@
 """Frechet Inception Distance (FID) between two sets of images, such as translated frames and target photos (table 1).
 
-It is the distance of two Gaussians fitted to features of Inception v3 (Heusel et al. 2017, "GANs Trained by a Two Time-Scale
+It is the distance between two Gaussians fitted to Inception v3 features (Heusel et al. 2017, "GANs Trained by a Two Time-Scale
 Update Rule", eq. 6). Weights and preprocessing are those of https://github.com/mseitzer/pytorch-fid, so values are comparable
 with other papers'. One difference: photographs are first turned upright by their EXIF tag. Self-contained.
 
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from scipy.linalg import lapack, svdvals
 from torch import nn
 from torchvision.models import inception_v3
@@ -42,8 +42,24 @@ WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_wei
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # by default, Pillow refuses PNGs with a 1 MiB ICC profile
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")  # of the content: Pillow would run Ghostscript on PostScript
+# EXIF orientation -> what turns the image upright. (ImageOps.exif_transpose fails if any other tag is damaged.)
+UPRIGHT = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2))))
 # Width of the features -> number of torchvision's layers that lead to them. The features are spatial means.
 LAYERS = {64: 4, 192: 7, 768: 15, 2048: 18}
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """Compute convolutions on CUDA in float32. TF32, cuDNN's default, keeps only three digits of a feature."""
+    cudnn = torch.backends.cudnn
+    # torch raises an error when the older of its two settings is read after the newer one was changed.
+    owner, name, value = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class InceptionFeatures(nn.Module):
@@ -58,9 +74,10 @@ class InceptionFeatures(nn.Module):
                 self.pool_branches[name], block.branch_pool = block.branch_pool, nn.Identity()
 
     def forward(self, x):
-        x = 2 * resize(x).to(memory_format=torch.channels_last) - 1  # a third faster than (B, C, H, W) on a CPU
-        # cuDNN uses TF32 by default, which keeps only three digits of a feature.
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        x = (
+            2 * resize(x.to(torch.promote_types(x.dtype, torch.float32))).to(memory_format=torch.channels_last) - 1
+        )  # a third faster than (B, C, H, W) on a CPU
+        with torch.autocast(x.device.type, enabled=False), without_tf32():
             for name, block in self.blocks.items():
                 if name not in self.pool_branches:
                     x = block(x)
@@ -107,8 +124,8 @@ def inception(weights="published", dims=2048, seed=0):
             network.load_state_dict(state)
         except Exception as error:  # networks, disks and torch.load raise a dozen kinds
             reason = " ".join(str(error).split())[:160]
-            source = f"{WEIGHTS_URL}, into {torch.hub.get_dir()}" if weights == "published" else weights
-            raise ValueError(f"weights {source}: {reason}; pass pytorch-fid's checkpoint as --weights FILE") from error
+            source = f"{WEIGHTS_URL} into {torch.hub.get_dir()}" if weights == "published" else weights
+            raise ValueError(f"cannot load {source}: {reason}; pass pytorch-fid's checkpoint as --weights FILE") from error
     return InceptionFeatures(network, dims).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -160,10 +177,14 @@ def read_batch(paths, width=None):
 
 def read_image(path, width=None):
     """Image file -> (3, 299, 299) float32 array in [0, 1], turned upright by its EXIF tag, resized to `width` first."""
+    orientation = None
     with Image.open(path, formats=FORMATS) as image:
         if image.mode[0] in "IF":  # 16 or 32 bits per channel, which convert() would clip at 255
             raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        with contextlib.suppress(Exception):  # viewers ignore damaged EXIF
+            orientation = image.getexif().get(0x112)
+        image = image.convert("RGB")
+        image = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
         if width:  # antialiased, as data.py resizes frames
             image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.BILINEAR)
         return resize(to_tensor(image)[None])[0].numpy()
@@ -171,7 +192,7 @@ def read_image(path, width=None):
 
 def end_with_parent(*_):
     """Worker init: let the kernel kill this process when its parent dies, even while it is writing to it."""
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not Linux
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
@@ -293,7 +314,10 @@ def covariance_factor(sigma, name):
     # Compare L L^T with sigma on a few random sign vectors: the full product would take a tenth of the distance's time.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (len(sigma), 16))
     if np.abs(root @ (root.T @ signs) - sigma @ signs).max() > 1e-6 * np.abs(sigma).max():
-        raise ValueError(f"{name}: sigma is not a covariance: it is asymmetric or has a negative eigenvalue")
+        values, vectors = np.linalg.eigh(sigma)  # a covariance computed in float32 may have eigenvalues just below 0
+        if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or values[0] < -1e-6 * values[-1]:
+            raise ValueError(f"{name}: sigma is not a covariance: it is asymmetric or has a negative eigenvalue")
+        root = vectors * np.sqrt(values.clip(min=0))
     return root
 
 
@@ -308,7 +332,7 @@ def fail(message, status=2):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # one line, without the usage
-    parser.add_argument("inputs", nargs="*", metavar="SET", help="two folders of images or statistics (.npz): A and B")
+    parser.add_argument("inputs", nargs="*", metavar="SET", help="A and B: each a folder of images or a statistics file (.npz)")
     parser.add_argument("--weights", default="published", help="published (default), random, or a checkpoint file")
     parser.add_argument("--dims", type=int, default=2048, choices=list(LAYERS), help="width of the features (default: 2048)")
     parser.add_argument("--out", metavar="FILE.json", help="write the distance to this file")
@@ -392,7 +416,7 @@ def main():
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in reason:
             fail(f"not enough memory on {args.device}: {smaller}", status=1)
         if "DataLoader worker" in reason:
-            fail(f"a process that reads images died, perhaps of too little memory ({reason}): {smaller}", status=1)
+            fail(f"a process that reads images died, perhaps for lack of memory ({reason}): {smaller}", status=1)
         raise
 
 

@@ -141,10 +141,10 @@ def writers(threads):
             call.result()
 
 
-def png_bytes(image, **options):
-    """A PIL image as the bytes of a PNG file."""
+def image_bytes(image, format="PNG", **options):
+    """A PIL image as the bytes of a PNG or JPEG file."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", **options)
+    image.save(buffer, format, **options)
     return buffer.getbuffer()
 
 
@@ -168,7 +168,7 @@ def write_figure(path, titles, rows, legend=None):
         left, top = i % per_line * entry, y + i // per_line * line
         draw.rectangle((left, top + 5, left + 14, top + 18), fill=colour)
         draw.text((left + 20, top + line // 2), name, "black", font, anchor="lm")
-    write_whole(path, png_bytes(figure))
+    write_whole(path, image_bytes(figure))
 
 
 def _thumbnail(image):
@@ -193,6 +193,38 @@ def read_json(path, *keys):
     return content
 
 
+def read_settings(folder):
+    """FOLDER/args.json, the settings with which the folder was started, as a dict; {} if there is none."""
+    path = Path(folder) / "args.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def check_settings(out, saved, settings, may_differ=()):
+    """Raise ValueError naming the settings that have changed since the folder `out` was started; `may_differ` only warn."""
+    changed = {
+        key: f"{_described(key)} (was {saved.get(key)}, is now {value})"
+        for key, value in settings.items()
+        # A flag that a run of an older version does not know was off; other new settings had their default.
+        if saved.get(key, False if value is True and saved else value) != value
+    }
+    for key in may_differ:
+        if changed.pop(key, None):
+            log.warning("%s: %s has changed since it was started", out, _described(key))
+    if changed:
+        listed = ", ".join(changed.values())
+        raise ValueError(
+            f"{out}: started with other arguments: {listed}; give another folder, or delete this one to start anew"
+        )
+
+
+def _described(key):
+    """What an entry of args.json is: content_of_source -> "content of --source"."""
+    if "_of_" in key:
+        return key.replace("_of_", " of --").replace("_", "-")
+    names = {"processes": "the number of processes", "script": "the script", "weights": "the weights", "images": "the images"}
+    return names.get(key, "--" + key.replace("_", "-"))
+
+
 def finished(run, flag):
     """The weights of `run`: RUN/weights.pt of a finished run, or `run` itself if it is such a file (--keep-every).
 
@@ -200,7 +232,7 @@ def finished(run, flag):
     """
     weights = Path(run) if Path(run).suffix == ".pt" else Path(run) / "weights.pt"
     if not weights.is_file():
-        raise ValueError(f"{flag} {run}: no {weights.name} there: not finished; run its command again to resume it")
+        raise ValueError(f"{flag} {run}: not a finished run (no {weights.name}); run its command again to resume it")
     return weights
 
 

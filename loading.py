@@ -54,15 +54,19 @@ def progress(total, name, initial=0):
 def batches(dataset, indices, workers, device="cpu", collate=stacked):
     """Yield collate([dataset[i] for i in batch]) on `device` for each batch of `indices`, an iterable of sequences.
 
-    dataset.frame(i) is the data.Frame of sample i, which the log names if reading it takes long. Raises what reading a sample
-    raised, as ValueError, OSError or MemoryError, and ChildProcessError if a worker was killed. Handles SIGCHLD and SIGALRM.
+    dataset.frame(i) is the data.Frame of sample i, which the log names if reading it takes long. Installs SIGCHLD and SIGALRM
+    handlers. Raises ChildProcessError if a worker was killed, and an error in a sample as ValueError, OSError, MemoryError or,
+    if it is none of these, RuntimeError.
     """
     upcoming, sampler = itertools.tee(indices)
+    workers = min(workers, operator.length_hint(indices, workers))
     loader = DataLoader(
         _Batches(dataset, collate),
         batch_size=None,
         sampler=sampler,
-        num_workers=min(workers, operator.length_hint(indices, workers)),
+        num_workers=workers,
+        # Python 3.14 would start workers from a server, and SIGCHLD would not report their death.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=runtime.serve_parent,
     )

@@ -42,37 +42,43 @@ def discriminator_loss(real_logits, fake_logits, kind="lsgan"):
 
 
 def patch_nce_loss(query, positive, temperature=0.07):  # Park et al. 2020; not in the paper
-    """Equations 2 and 3 for one layer: PatchNCE of Park et al. 2020. The scan of the paper lacks them; this is their
-    released code's form.
+    """Equations 2 and 3 for one layer: PatchNCE as in Park et al. 2020's released code, because the paper's scan lacks them.
 
     query, positive: (B, S, C) unit vectors at the same S locations of the translated image and of the input. The loss of
     query q_s is its cross entropy over the S vectors of its own image (equation 2):
 
         -log exp(q_s . p_s / tau) / sum_t exp(q_s . p_t / tau)
 
-    The S - 1 others are the negatives; images of a batch do not see each other. Returns the mean over B and S, which
+    The S - 1 others are the negatives; none come from other images of the batch. Returns the mean over B and S, which
     `train_translator.py` averages over layers (equation 3). No gradient reaches `positive`.
     Raises ValueError unless both shapes are the same (B, S, C).
     """
     if query.ndim != 3 or query.shape != positive.shape:
         raise ValueError(f"query is {tuple(query.shape)}, positive {tuple(positive.shape)}: must be the same (B, S, C)")
     with torch.autocast(query.device.type, enabled=False):  # half precision is too coarse for similarities / 0.07
-        query, positive = at_least_float32(query), at_least_float32(positive.detach())
+        query = at_least_float32(query)
+        positive = positive.detach().to(query.dtype)
         logits = query @ positive.transpose(1, 2) / temperature  # (B, S, C) -> (B, S, S)
     labels = torch.arange(query.shape[1], device=query.device).expand(query.shape[:2])  # the positives are on the diagonal
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def l1_loss(a, b):
-    """Mean absolute difference of two tensors of one shape: CycleGAN's cycle and identity loss."""
+    """Mean absolute difference of two tensors of one shape, else ValueError: CycleGAN's cycle and identity loss."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
     return (at_least_float32(a) - at_least_float32(b)).abs().mean()
 
 
 def segmentation_loss(logits, labels, ignore=255):
-    """Mean cross entropy over the pixels that are not void; 0 if all are void.
+    """Mean cross entropy over the pixels that are not void, 0 if all are (ours: the paper names no loss).
 
-    logits: (B, C, H, W); labels: (B, H, W) integer train ids, `ignore` for void.
+    logits: (B, C, H, W); labels: (B, H, W) integer train ids, `ignore` for void. Raises ValueError for other labels.
     """
+    if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point():
+        raise ValueError(
+            f"labels: {labels.dtype} {tuple(labels.shape)}; integers are needed, as for logits {tuple(logits.shape)}"
+        )
     logits = at_least_float32(logits)
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, H, W) -> (B*H*W, C); does not copy in channels_last
     # reduction="none", then a sum: on CUDA, the built-in reduction over images uses atomics and is not deterministic.

@@ -9,7 +9,7 @@ Self-contained: depends on torch, and for `UNet` on efficientnet-pytorch. G, D a
 """
 
 import os
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from torch import nn
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """Instance norm without affine parameters. At batch size 1 it runs batch norm: same values, keeps channels_last."""
+    """Instance norm without affine parameters. At batch size 1 it runs batch norm: same values, keeps channels_last.
+
+    Trace or export it with a batch of two or more, unless it will only ever see one image at a time.
+    """
 
     def forward(self, x):
         if x.shape[0] == 1:
@@ -55,15 +58,16 @@ class ReflectPad2d(torch.autograd.Function):
         return gradient, None
 
 
-@cache
+@lru_cache(maxsize=64)
 def reflected_indices(B, H, W, n, device):
     """For each pixel of a padded (B, H + 2n, W + 2n), flattened: the index of the pixel of (B, H, W) that it copies."""
-    indices = torch.arange(B * H * W, dtype=torch.float64, device=device).view(B, 1, H, W)
-    return F.pad(indices, (n,) * 4, "reflect").flatten().long()
+    rows, columns = (size - 1 - (size - 1 - torch.arange(-n, size + n, device=device).abs()).abs() for size in (H, W))
+    images = torch.arange(B, device=device)[:, None, None] * H * W
+    return (images + rows[:, None] * W + columns).flatten()
 
 
 def reflect_pad(x, n):
-    """Pad each side of (B, C, H, W) by n mirrored pixels, without changing the dtype."""
+    """Pad by n mirrored pixels, n < H, W: (B, C, H, W) -> (B, C, H + 2n, W + 2n) of the same dtype."""
     if x.device.type != "cpu" and torch.is_grad_enabled() and x.requires_grad:
         return ReflectPad2d.apply(x, n)
     with torch.autocast("cpu", enabled=False):  # autocast would copy to float32 and back
@@ -74,7 +78,7 @@ class ReflectConv2d(nn.Conv2d):
     """Convolution with reflection padding that keeps the size of its input; kernel_size is odd.
 
     before_norm: a norm follows, which cancels the bias. The bias stays a parameter, so that published weights load, but is
-    neither added nor trained, which saves a tenth of a training step on a GPU.
+    neither added nor trained, unless you set its requires_grad; that saves a tenth of a training step on a GPU.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, before_norm=True):
@@ -84,7 +88,7 @@ class ReflectConv2d(nn.Conv2d):
 
     def forward(self, x):
         x = reflect_pad(x, self.kernel_size[0] // 2)
-        return F.conv2d(x, self.weight, None if self.before_norm else self.bias)
+        return F.conv2d(x, self.weight, None if self.before_norm and not self.bias.requires_grad else self.bias)
 
 
 class Downsample(nn.Module):
@@ -130,8 +134,8 @@ class ResnetGenerator(nn.Module):
 
     generator(x): (B, in_channels, H, W) in [-1, 1] -> (B, out_channels, H, W) in [-1, 1]; any H, W >= 16, else ValueError.
     generator(x, return_features=True) -> (image, features); generator.encode(x) -> features: the five layers of Park et al.
-    2020 (the pixels, the outputs of both downsampling convolutions before their norm, of the first and of the fifth residual
-    block). `feature_channels` lists their channels.
+    2020, which are the pixels, both downsampling convolutions before their norm, and the first and fifth residual blocks.
+    `feature_channels` lists their channels.
 
     Architecture of Johnson et al. 2016 as in Zhu et al. 2017: c7s1-64, d128, d256, n_blocks x R256, u128, u64, c7s1-3, with
     instance norm. With `antialias`, a convolution and blurred resampling replace each strided one, as in Park et al. 2020.
@@ -174,7 +178,7 @@ class ResnetGenerator(nn.Module):
         return [x, down1, down2, block1, self.blocks[1:5](block1)]
 
     def decode(self, features):
-        """The five feature maps -> image. Only the last map is used, and the first one's size or, if residual, its pixels."""
+        """The five feature maps -> image. Uses the last map, the size of the first and, if residual, its pixels."""
         height, width = features[0].shape[-2:]
         x = self.blocks[5:](features[-1])
         # Explicit output sizes: with a fixed output padding, odd sizes would come out shifted or cropped.
@@ -192,7 +196,7 @@ class ResnetGenerator(nn.Module):
 class PatchDiscriminator(nn.Module):
     """PatchGAN of Isola et al. 2017: (B, in_channels, H, W) in [-1, 1] -> (B, 1, h, w), one logit per overlapping patch.
 
-    C64-C128-C256-C512, 4x4 convolutions, no norm on the first. With n_layers = 3 a patch has 70x70 pixels.
+    C64-C128-C256-C512, 4x4 convolutions, no norm on the first. A patch is 70x70 pixels with n_layers = 3 (84x84 antialiased).
     """
 
     def __init__(self, in_channels=3, base_channels=64, n_layers=3, antialias=False):
@@ -245,15 +249,17 @@ def init_normal(network):
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0.0, 0.02)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class UNet(nn.Module):
-    """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32.
+    """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32,
+    in training with one image > 32.
 
-    encoder: efficientnet-b0 to -b7. encoder_weights: None (random), "imagenet" (downloaded), or a file of efficientnet-pytorch;
-    ValueError if they do not load. ImageNet's normalisation is built in. unet(x, return_features=True) -> (logits,
-    features), ten maps: "encoder1" (stride 2) to "encoder5" (32), "decoder1" (16) to "decoder5" (1); see `feature_channels`.
+    encoder: efficientnet-b0 to -b7. encoder_weights: None (random), "imagenet" (downloaded), or a file of efficientnet-pytorch.
+    Raises ValueError if either is unusable. ImageNet's normalisation is built in. unet(x, return_features=True) -> (logits,
+    {name: map}), "encoder1" (stride 2) to "encoder5" (32), "decoder1" (16) to "decoder5" (1); channels: `feature_channels`.
     """
 
     DECODER_CHANNELS = (256, 128, 64, 32, 16)  # (ours; segmentation_models.pytorch's, see docs/differences.md)
@@ -372,7 +378,7 @@ def network_state(network, width, classes=None, colours=None):
 
 
 def load_network(path, expected=None, device="cpu"):
-    """Load a network in eval mode from a run or its weights.pt; its width, classes and colours are as in `network_state`.
+    """Load a network in eval mode from a run or its weights.pt, with attributes width, classes, colours (`network_state`).
 
     expected: ResnetGenerator or UNet, if the file must hold that class. Raises OSError if the file cannot be read, and
     ValueError naming it if it holds another class or no network. Executes no code from it (`weights_only`).
@@ -384,6 +390,8 @@ def load_network(path, expected=None, device="cpu"):
             network = {"ResnetGenerator": ResnetGenerator, "UNet": UNet}[saved["network"]](**saved["arguments"])
             network.load_state_dict(saved["state_dict"])
             network.width, network.classes, network.colours = saved["width"], saved.get("classes"), saved.get("colours")
+        except ImportError:  # efficientnet-pytorch
+            raise
         except Exception as error:  # a damaged file can raise any type
             raise ValueError(f"{path}: not the weights.pt of a finished run, or too old ({type(error).__name__})") from error
     if expected is not None and not isinstance(network, expected):

@@ -39,7 +39,7 @@ def set_learning_rate(optimizer, lr):
 
 
 def constant_then_linear(iteration, iterations, base):
-    """Zhu et al. 2017's and stage 1's schedule: `base` for half, then linear decay that would reach 0 after the last step."""
+    """Schedule of stages 1 and 4 (Zhu et al. 2017): `base` for half, then linearly down, to 0 after the last step."""
     return base * min(1.0, (iterations - iteration) / (iterations - iterations // 2))
 
 
@@ -156,8 +156,8 @@ def translator_layout(device):
 class StepClock:
     """Times the phases of training: "step", the "wait" for the next batch, and "other", which is not reported.
 
-    On CUDA it records events and reads them only with the rows of the log, so that no step waits for the device. The wait is
-    then the device's: close to zero as long as the device is behind the process that launches its work.
+    On CUDA, events are recorded, and read only when a row is logged, so that no step waits for the device. "wait" is then the
+    time the device idles for a batch: close to zero as long as the host is ahead of it.
     """
 
     def __init__(self, device):

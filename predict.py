@@ -3,9 +3,9 @@
     python predict.py --segmenter runs/clada --images photos --out segmented --overlay
     python predict.py --segmenter runs/clada --images a.jpg b.png --out segmented
 
-Photographs may have any and different sizes; each is segmented as evaluate.py does it, and its result has the same size.
-OUT/NAME.png is a palette PNG: its pixels are Cityscapes label ids, its colours Cityscapes'. A photograph in a subfolder of a
-plain folder keeps its subfolder. The same command resumes: finished photographs are skipped.
+Photographs may differ in size. Each is segmented as in evaluate.py, and its result is as large as the photograph. OUT/NAME.png
+is a palette PNG of label ids in their colours: Cityscapes', or those of the model's classes.csv. Subfolders of a plain folder
+are kept. The same command resumes: finished photographs are skipped.
 """
 
 import logging
@@ -25,12 +25,11 @@ def parse_args():
     add("--segmenter", type=runtime.path, required=True, metavar="RUN", help="a finished run of stage 3 or 4")
     images = "folders with PNG or JPEG files in them or below, data sets, or image files"
     add("--images", type=runtime.real_path, required=True, nargs="+", metavar="DIR|FILE", help=images)
-    add("--split", default="val", help="split to use of data sets in the Cityscapes layout (default val)")
-    add("--out", type=runtime.path, required=True, metavar="DIR", help="for NAME.png of each photograph")
+    add("--split", default="val", help="split to use, in the Cityscapes layout (default val)")
+    add("--out", type=runtime.path, required=True, metavar="DIR", help="folder for the predictions")
     add("--sample", type=runtime.positive_int, metavar="N", help="only N photographs, evenly spaced")
     add("--overlay", action="store_true", help="also write NAME_overlay.jpg, the colours over the photograph")
     runtime.add_compute_arguments(parser, precision="fp32")
-    runtime.add_device_arguments(parser)
     return parser.parse_args()
 
 
@@ -49,12 +48,12 @@ def main():
     device = runtime.pick_device(args.device, deterministic=args.deterministic)
     runtime.join_processes(device)
     precision = runtime.pick_precision(args.precision, device)
-    segmenter = load_segmenter(args.segmenter, "--segmenter", device)
+    segmenter = load_segmenter(args.segmenter, device)
     if args.sample:
         frames = evenly_spaced(frames, args.sample)
     check_frames(frames, segmenter.width)
     if runtime.is_first():
-        lock = open_predictions(args.out, weights, precision, args.images)  # noqa: F841 - held until this process ends
+        lock = open_predictions(args.out, weights, precision, args.images)  # noqa: F841 - held until main ends
     runtime.barrier()
     own = [frame for frame in frames[runtime.rank() :: runtime.processes()] if not is_done(frame, args)]
     done, where = sum(is_done(frame, args) for frame in frames), runtime.describe(device, precision)

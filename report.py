@@ -21,7 +21,7 @@ import results_page
 import runtime
 from evaluate import COLUMNS, MEANS, evenly_spaced, load_segmenter, predict, read_evaluation, rounded
 
-# The models of table 2 (colour transfer, FastCUT and the controls are not the paper's) and their folders, also of translators.
+# Models -> folders of their runs. Colour transfer, FastCUT and the controls are not in the paper's table 2.
 MODELS = {
     "Source Only": "source_only",
     "colour transfer": "colour",
@@ -52,20 +52,17 @@ def table1(out):
     The cost is the median time of a training step and of the wait for its data, in seconds, and the peak memory in MiB.
     Raises ValueError naming a file whose entries are not numbers.
     """
-    distances = {}
+    numbers = {}
     for model, name in {**SOURCES, **MODELS}.items():
-        path = out / "distances" / f"{name}.json"
-        if path.is_file():
-            distances[model] = read_numbers(path)
-    kinds = dict.fromkeys(kind for distance in distances.values() for kind in distance)  # one, unless FID_WEIGHTS was changed
+        distance, cost = out / "distances" / f"{name}.json", out / "translators" / name / "summary.json"
+        if distance.is_file():
+            numbers[model] = read_numbers(distance) | (read_numbers(cost, *COST) if cost.is_file() else {})
+    kinds = dict.fromkeys(key for row in numbers.values() for key in row if key not in COST)  # one, unless FID_WEIGHTS changed
     formats = dict.fromkeys(kinds, ".6g") | COST
-    rows = []
-    for model, distance in distances.items():
-        path = out / "translators" / MODELS.get(model, "source") / "summary.json"  # the source has none
-        numbers = distance | (read_numbers(path, *COST) if path.is_file() else {})
-        cells = {column: format(numbers[column], spec) if column in numbers else "" for column, spec in formats.items()}
-        rows.append({"model": model} | cells)
-    return rows
+    return [
+        {"model": model} | {column: format(row[column], spec) if column in row else "" for column, spec in formats.items()}
+        for model, row in numbers.items()
+    ]
 
 
 def read_numbers(path, *keys):
@@ -163,7 +160,7 @@ def write_tables(out):
         print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
         return notes
     files.write_csv(results / "table3.csv", table3(scores))
-    title = "Table 3: IoU lost to the Oracle; the part of it that CLADA (recovered) and the other models win back, percent"
+    title = "Table 3: IoU gap to the Oracle, and the percentage of it that CLADA (recovered) and the others recover"
     print_table(title, table3(scores))
     return notes
 
@@ -185,8 +182,8 @@ def shut_gate(out):
 def checkerboard(images):
     """Strength of checkerboard artefacts in images (3, H, W) uint8: 1 means none (ours).
 
-    Two transposed convolutions leave a grid with periods of 2 and 4 pixels (Odena et al. 2016). This is the images' mean power
-    at these periods over that at the three frequencies on each side, averaged over both periods, rows and columns.
+    Two transposed convolutions leave a grid with periods of 2 and 4 pixels (Odena et al. 2016). Returned is
+    the images' mean power at these periods over that at the three frequencies on each side, averaged over periods and axes.
     """
     ratios = []
     for axis, k in itertools.product((1, 2), (2, 4)):
@@ -208,31 +205,31 @@ def judge_translations(out):
     checkerboard: see above; for the target, of its photographs at the translations' width. content_kept: percentage of
     pixels to which Source Only's model gives the same class in a frame and in its translation.
     """
-    rows, run, photographs = [], out / "segmenters" / "source_only", None
+    rows, run = [], out / "segmenters" / "source_only"
+    if not all((run / name).is_file() for name in ("weights.pt", "args.json")):
+        return rows
+    source, exclude = data_set(run / "args.json", "data")
+    originals = {frame.name: frame.image for frame in data.list_frames(source, labelled=False, exclude=exclude)}
+    segmenter = load_segmenter(run, "cpu")
     for model, name in MODELS.items():
         frames = {path.stem: path for path in (out / "translated" / name / "images").glob("[!.]*.png")}
-        if not frames or not all((run / name).is_file() for name in ("weights.pt", "args.json")):
-            continue
-        source, exclude = data_set(run / "args.json", "data")
-        originals = {frame.name: frame.image for frame in data.list_frames(source, labelled=False, exclude=exclude)}
         names = evenly_spaced(sorted(frames.keys() & originals.keys()), JUDGED)
         if not names:
             continue
-        segmenter, autocast = load_segmenter(run, "OUT", torch.device("cpu")), runtime.autocast(torch.device("cpu"), "fp32")
         translations, kept = [data.load_image(frames[name]) for name in names], []
         for name, translation in zip(names, translations, strict=True):
             pair = [data.resize_to_width(image, segmenter.width) for image in (data.load_image(originals[name]), translation)]
-            one, two = (predict(segmenter, image, pair[0].shape[-2:], autocast) for image in pair)
+            one, two = (predict(segmenter, image, pair[0].shape[-2:]) for image in pair)
             kept.append((one == two).double().mean().item())
-        if photographs is None and (settings := sorted(out.glob("translators/*/args.json"))):
-            target, exclude = data_set(settings[0], "target")
-            splits = files.read_json(settings[0], "target_splits")["target_splits"]
-            listed = data.list_frames(target, splits, labelled=False, exclude=exclude)
-            photographs = [data.load_at_width(f.image, translations[0].shape[-1]) for f in evenly_spaced(listed, JUDGED)]
-            rows.insert(0, {"model": "Target", "checkerboard": f"{checkerboard(photographs):.2f}", "content_kept": ""})
         rows.append(
             {"model": model, "checkerboard": f"{checkerboard(translations):.2f}", "content_kept": f"{100 * np.mean(kept):.1f}"}
         )
+    if rows and (settings := sorted(out.glob("translators/*/args.json"))):
+        target, exclude = data_set(settings[0], "target")
+        splits = files.read_json(settings[0], "target_splits")["target_splits"]
+        listed = data.list_frames(target, splits, labelled=False, exclude=exclude)
+        photographs = [data.load_at_width(f.image, translations[0].shape[-1]) for f in evenly_spaced(listed, JUDGED)]
+        rows.insert(0, {"model": "Target", "checkerboard": f"{checkerboard(photographs):.2f}", "content_kept": ""})
     return rows
 
 
@@ -273,18 +270,13 @@ def segmentations_figure(out):
         print(f"Figure 4 needs {', '.join(map(str, missing))}: left out")
         return
     target, exclude = data_set(runs[1] / "args.json", "target")
-    device = torch.device("cpu")
-    autocast = runtime.autocast(device, "fp32")
-    segmenters = [load_segmenter(run, "OUT", device) for run in runs]
-    rows = []
-    frames = data.list_frames(target, "val", exclude=exclude)
-    classes = frames.classes
+    segmenters = [load_segmenter(run, "cpu") for run in runs]
+    frames, rows = data.list_frames(target, "val", exclude=exclude), []
     for frame in evenly_spaced(frames, FIGURE_ROWS):
-        image, label = data.load_image(frame.image), data.load_label(frame.label, classes)
-        inputs = [(segmenter, data.resize_to_width(image, segmenter.width)) for segmenter in segmenters]
-        maps = [*(predict(segmenter, resized, label.shape, autocast) for segmenter, resized in inputs), label]
-        rows.append([image, *(data.colourise(ids, classes) for ids in maps)])
-    legend = dict(zip(classes.names, map(tuple, classes.palette.tolist()), strict=True))
+        image, label = data.load_image(frame.image), data.load_label(frame.label, frames.classes)
+        maps = [predict(s, data.resize_to_width(image, s.width), label.shape) for s in segmenters]
+        rows.append([image, *(data.colourise(ids, frames.classes) for ids in (*maps, label))])
+    legend = dict(zip(frames.classes.names, map(tuple, frames.classes.palette.tolist()), strict=True))
     files.write_figure(out / "results" / "segmentations.png", ["Target", *models, "Ground truth"], rows, legend)
 
 

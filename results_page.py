@@ -4,7 +4,6 @@ The page embeds its pictures and loads nothing. Its numbers come from OUT/result
 """
 
 import base64
-import io
 import shlex
 from html import escape
 from string import Template
@@ -16,7 +15,7 @@ import files
 CAPTIONS = {
     "table1.csv": "Table 1. Fréchet distance to the target's photographs; median seconds and peak MiB of a training step.",
     "table2.csv": "Table 2. Scores on the target's val split, in percent: means, and the IoU of each class.",
-    "table3.csv": "Table 3. IoU lost to the Oracle, in points; percentage of it that CLADA (recovered) and others win back.",
+    "table3.csv": "Table 3. IoU gap to the Oracle, in points; percentage of it that CLADA (recovered) and the others recover.",
     "translations.csv": "Translations judged without labels: checkerboard artefacts (1: none), % of pixels of unchanged class.",
     "translations.png": "Figure 3. Frames of the source, and what each translator makes of them.",
     "segmentations.png": "Figure 4. Frames of the target's val split, two models' predictions, and the ground truth.",
@@ -114,10 +113,9 @@ def _table(rows, caption, ranked=True):
 
 def _picture(path, caption):
     """A picture as a figure that embeds it as a JPEG."""
-    image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
+    image = Image.open(path).convert("RGB")
     image.thumbnail((1280, 1920))
-    image.save(buffer, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = f"data:image/jpeg;base64,{base64.b64encode(files.image_bytes(image, 'JPEG', quality=85)).decode()}"
     return f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 

@@ -8,7 +8,7 @@
 #   SETTINGS=demo SOURCE=... TARGET=... bash run_all.sh     # the demo's tiny networks: minutes for a few hundred frames
 #   bash run_all.sh test                                   # the tests
 #
-# Run again, it skips what is finished and resumes what is not. Variables, all optional:
+# When run again, it skips what is finished and resumes the rest. Variables, all optional:
 #   SETTINGS           paper, small or demo (demo without SOURCE and TARGET, paper with them)
 #   OUT                where everything goes (runs/demo; with SOURCE and TARGET runs/paper, runs/small or, for demo, runs/quick)
 #   METHODS            translators, of: cyclegan cut fastcut fastcut_l5 colour (default: cyclegan cut fastcut_l5)
@@ -272,7 +272,7 @@ if [ $oracle = yes ]; then
     train_segmenter oracle "$TARGET" $bounds
     evaluate Oracle oracle
 fi
-title "Distance of source and target"
+title "Distance between source and target"
 distance source "$(photos_of "$SOURCE" train)"
 
 for method in $METHODS; do
@@ -287,7 +287,7 @@ for method in $METHODS; do
         title "Stage 1: $model, the translator"
         train_translator "$method"
     fi
-    title "Stage 2: the source set through $model"
+    title "Stage 2: translate the source frames with $model"
     run_on_all translate_dataset.py --source "$SOURCE" "${from[@]}" --out "$OUT/translated/$method" \
         "${readers[@]}" "${cache[@]}" "${exclude[@]}"
     distance "$method" "$OUT/translated/$method/images"
@@ -297,7 +297,7 @@ for method in $METHODS; do
 done
 
 if [ -n "$METHODS" ]; then
-    title "Distance of source and target, the source at the translations' width"
+    title "Distance between source and target, the source at the translations' width"
     width=$(sed -n 's/.*"width": \([0-9]*\).*/\1/p' "$OUT/translated/$method/args.json")
     distance source_resized "$(photos_of "$SOURCE" train)" --width "$width"
 fi

@@ -31,7 +31,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # trainers finish
 # In messages of out-of-memory errors that are plain RuntimeErrors (CPU, CUDA libraries) or OSErrors (fork).
 OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 REMEDIES = {  # for OSErrors that name no file
-    errno.ENOSPC: "/dev/shm is full (docker run --shm-size=1g); or give --workers 0",
+    errno.ENOSPC: "/dev/shm is full: enlarge it (docker run --shm-size=1g) or give --workers 0",
     errno.EMFILE: "raise ulimit -n, or lower --workers",
     errno.EAGAIN: "raise ulimit -u, or lower --workers",
 }
@@ -40,7 +40,7 @@ REMEDIES = {  # for OSErrors that name no file
 def run_script(main):
     """Call main(). Errors that a user can cause become one line on stderr and an exit status; no child process is left.
 
-    Status 2: bad input, unreadable or unwritable files. 1: divergence, lack of memory, a lost process. 130, 143: signals.
+    Status 2: bad input, unreadable or unwritable files. 1: divergence, lack of memory, a lost process. 128 + n: signal n.
     CLADA_TRACEBACK=1 in the environment also shows where an error came from.
     """
     _survive_closed_streams()
@@ -91,7 +91,7 @@ def _explain(error):
     if isinstance(error, (ValueError, OSError)):
         return 2, text
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"--compile: {first}; without it, training goes on from the last checkpoint"
+        return 1, f"--compile: {first}; without it, training resumes from the last checkpoint"
     if isinstance(error, RuntimeError) and processes() > 1:
         cause = " ".join(dict.fromkeys((first, text.splitlines()[-1])))  # NCCL's own reason comes last
         return 1, f"another process of this run failed, see its message; if there is none, the cause is: {cause}"
@@ -171,7 +171,7 @@ def path(text):
 
 
 def real_path(text):
-    """Resolve the path, so that a resumed run compares equal."""
+    """An argparse type: the absolute path without links, so that args.json is valid in any working directory."""
     return os.path.realpath(path(text))
 
 
@@ -190,14 +190,6 @@ def parser(docstring):
     return made
 
 
-def add_device_arguments(parser):
-    add = parser.add_argument
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU if there is one")
-    workers = "processes that load images (default: one per core, at most 16)"
-    add("--workers", type=worker_count, default=default_workers(), help=workers)
-    add("--seed", type=seed, default=0, help="random seed (default 0)")
-
-
 def default_workers():
     """One process per core that this process may use, at most 16; under torchrun, divided among this machine's processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
@@ -208,9 +200,13 @@ def add_compute_arguments(parser, precision="auto"):
     """The arguments that all scripts which run a network on frames share. precision: the default."""
     add = parser.add_argument
     add("--exclude", type=real_path, metavar="FILE", help="names of frames to leave out, one per line")
-    add("--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed")
-    text = "bf16: autocast; fp32: float32, for translators and training on CUDA with TF32; auto: bf16 where it is fast"
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default): a GPU if there is one")
+    text = "bf16: autocast; fp32: float32, on CUDA with TF32 in trainers and stage 2; auto: bf16 where it is fast"
     add("--precision", choices=("auto", "fp32", "bf16"), default=precision, help=f"{text} (default {precision})")
+    add("--deterministic", action="store_true", help="on CUDA: bitwise reproducible results, at some cost in speed")
+    workers = "processes that load images (default: one per core, at most 16)"
+    add("--workers", type=worker_count, default=default_workers(), help=workers)
+    add("--seed", type=seed, default=0, help="random seed (default 0)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,8 +300,8 @@ def join_processes(device):
         try:
             socket.create_connection(address, timeout=60).close()
         except OSError as error:
-            remedy = "if these variables are left over from another launcher, unset TORCHELASTIC_RUN_ID"
-            raise ValueError(f"torchrun is not at {address[0]}:{address[1]} ({error}); {remedy}") from error
+            remedy = "if its variables are left over from another launcher, unset TORCHELASTIC_RUN_ID"
+            raise ValueError(f"torchrun does not answer at {address[0]}:{address[1]} ({error}); {remedy}") from error
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python handlers would not run while C++ waits
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # the slowest GPU may be hours behind
@@ -324,7 +320,7 @@ def rank():
 
 
 def is_first():
-    """Only the first process writes files."""
+    """True in the first process, which alone prints and writes whatever is not divided among processes."""
     return rank() == 0
 
 
@@ -365,5 +361,5 @@ def serve_parent(*_):
     """Worker init: ignore stop signals, which reach the whole process group; die with the parent."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not Linux
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

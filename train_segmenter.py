@@ -9,6 +9,8 @@ encoder frozen for the first third. Ours, because the paper is silent or unreada
 ignores void, width 1024, crops of 512x512, flips, and the lower rate of 1e-5. The same command resumes an unfinished run.
 """
 
+from functools import partial
+
 import torch
 
 import data
@@ -70,14 +72,18 @@ def main():
         return
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = adam(segmenter.parameters(), lr=args.lr)
-    content = lambda: models.network_state(segmenter, args.width, frames.classes.rows)  # noqa: E731
+    content = partial(models.network_state, segmenter, args.width, frames.classes.rows)
     run.restore(content, segmenter=segmenter, optimizer=optimizer)
     autocast = runtime.autocast(run.device, args.precision)
 
     def step(images, labels):
         return training_step(segmenter, optimizer, images, labels, autocast)
 
-    dataset = data.Crops(frames, args.width, args.crop_size, run.samples, args.seed, labelled=True, cache=args.cache)
+    def grid(images, logits, labels):
+        prediction, label = (data.colourise(ids.cpu(), frames.classes) / 255 for ids in (logits.argmax(1), labels))
+        return {"image": images, "prediction": prediction, "label": label}
+
+    dataset = data.Crops(frames, args.width, args.crop_size, run.sample_count, args.seed, labelled=True, cache=args.cache)
     graphed_step = GraphedStep(step, run.device)
     for iteration, (images, labels) in run.iterations(dataset):
         is_frozen = iteration < args.freeze_iterations
@@ -88,9 +94,7 @@ def main():
         set_learning_rate(optimizer, lr)
         images = data.to_unit(images).contiguous(memory_format=torch.channels_last)
         logits, loss = graphed_step(images, labels)
-        maps = lambda: {"prediction": logits.argmax(1), "label": labels}  # noqa: B023, E731 - called at once
-        colours = lambda: {title: data.colourise(ids.cpu(), frames.classes) / 255 for title, ids in maps().items()}  # noqa: B023, E731
-        run.log({"loss": loss}, grid=lambda: {"image": images, **colours()}, lr=lr)  # noqa: B023
+        run.log({"loss": loss}, grid=partial(grid, images, logits, labels), lr=lr)
     run.finish()
 
 

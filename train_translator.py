@@ -8,6 +8,8 @@ constant for the first half and then falls linearly to 0. Its base of 2e-4, unre
 the paper does not name, are Zhu et al.'s. The same command resumes an unfinished run.
 """
 
+from functools import partial
+
 import torch
 from torch.utils.data import StackDataset
 
@@ -30,21 +32,20 @@ BETAS = (0.5, 0.999)  # of Adam, Zhu et al. 2017; not in the paper
 def parse_args(words=None):
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    layouts = "GTA5 or Cityscapes layout; labels are not read"
+    layouts = "GTA5 or Cityscapes layout, or any folder of images; labels are not read"
     training.add_domain_arguments(parser, source=f"source images X, {layouts}", target=f"target images Y, {layouts}")
     add("--method", required=True, choices=("cyclegan", *VARIANTS), help="fastcut_l5 is the paper's")
     add("--base-channels", type=runtime.positive_int, default=64, help="channels of the first layer (default 64)")
     add("--antialias", action="store_true", help="blurred resampling, as in Park et al. 2020")
-    text = "start from the colour transfer: frames get a random target photograph's colours first, and G adds to them (ours)"
+    text = "give each frame the colour statistics of a random target photograph first; G then adds to its input (ours)"
     add("--colour-transfer", action="store_true", help=text)
     add("--gan-loss", choices=("lsgan", "vanilla"), default="lsgan", help="form of equation 1 (default lsgan)")
     add("--lambda-x", type=runtime.non_negative, help="weight of PatchNCE (default: cut 1, fastcut 10, fastcut_l5 5)")
     add("--lambda-y", type=runtime.non_negative, help="weight of the identity term (default: cut 1, others 0)")
     add("--num-patches", type=runtime.positive_int, help="S, patches per layer (default: cut 256, others 16)")
     add("--flip-equivariance", action="store_true", help="mirror G's input with probability 1/2, and its query features back")
-    add(
-        "--identity-weight", type=runtime.non_negative, default=0.0, help="of CycleGAN's identity loss (default 0; released: 5)"
-    )
+    identity = "weight of CycleGAN's identity loss (default 0; released: 5)"
+    add("--identity-weight", type=runtime.non_negative, default=0.0, help=identity)
     training.add_arguments(parser, iterations=400_000, batch_size=1, crop_size="400", lr=2e-4)
     args = parser.parse_args(words)
     if min(args.crop_size) < 24:
@@ -104,10 +105,10 @@ class ContrastiveTranslation:
         return mirror(fake, flipped), {"D": loss_D} | losses
 
     def translate(self, images, flipped):
-        """(B, 3, H, W) -> (their translation, mirrored where `flipped`; features of the images, which are never mirrored)."""
+        """Images (B, 3, H, W) -> (translations, mirrored where `flipped`; features of the images, never mirrored)."""
         if flipped is None:
             return self.G(images, return_features=True)
-        translated = self.G(mirror(images, flipped))  # first: autocast would keep weights cast without a gradient
+        translated = self.G(mirror(images, flipped))  # before no_grad: autocast would cache weights without a gradient
         with torch.no_grad():
             return translated, self.G.encode(images)
 
@@ -202,11 +203,8 @@ class ImagePool(training.PerProcess):
         return {"images": [] if self.images is None else self.images[: int(self.count)]}
 
     def load_state_dict(self, state):
-        images = list(state["images"])
-        if images:
-            self.images = images[0].new_zeros((self.size, *images[0].shape))
-            self.images[: len(images)] = torch.stack(images)
-        self.count.fill_(len(images))
+        for image in state["images"]:  # at most `size`, which a new pool stores in this order
+            self.exchange(image[None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +213,10 @@ class ImagePool(training.PerProcess):
 def mirror(x, where):
     """Mirror images or features (B, C, H, W), left to right, where `where` (B, 1, 1, 1) is true; nowhere if it is None."""
     return x if where is None else torch.where(where, x.flip(3), x)
+
+
+def _grid(**columns):
+    return {title: (images + 1) / 2 for title, images in columns.items()}
 
 
 def _on(device, network):
@@ -239,10 +241,10 @@ def main():
     transfer = state = None
     if args.colour_transfer:
         transfer = colours.ColourTransfer(colours.photograph_statistics(target, args.width), args.seed)
-        state = transfer.state()
-    run.restore(lambda: models.network_state(translation.G, args.width, colours=state), **translation.state)
+        state = transfer._asdict()
+    run.restore(partial(models.network_state, translation.G, args.width, colours=state), **translation.state)
 
-    crops = (args.width, args.crop_size, run.samples, args.seed)
+    crops = (args.width, args.crop_size, run.sample_count, args.seed)
     dataset = StackDataset(
         data.Crops(source, *crops, stream=0, cache=args.cache, transfer=transfer),
         data.Crops(target, *crops, stream=1, cache=args.cache),
@@ -255,8 +257,7 @@ def main():
             set_learning_rate(optimizer, lr)
         x, y = (data.to_signed(images).contiguous(memory_format=layout) for images in batch)
         fake, losses = step(x, y)
-        grid = lambda: {"source": (x + 1) / 2, "translated": (fake + 1) / 2, "target": (y + 1) / 2}  # noqa: B023, E731
-        run.log(losses, grid=grid, lr=lr)
+        run.log(losses, grid=partial(_grid, source=x, translated=fake, target=y), lr=lr)
     run.finish(method=args.method)
 
 

@@ -50,7 +50,7 @@ def add_arguments(parser, iterations, batch_size, crop_size, lr):
     add, size, integer = parser.add_argument, runtime.height_width, runtime.positive_int
     add("--out", type=runtime.path, required=True, metavar="RUN", help="run directory; an unfinished run is resumed")
     add("--iterations", type=integer, default=iterations, help=f"training steps (default {iterations})")
-    add("--batch-size", type=integer, default=batch_size, help=f"images per process (default {batch_size})")
+    add("--batch-size", type=integer, default=batch_size, help=f"images per process, and per domain (default {batch_size})")
     add("--crop-size", type=size, default=size(crop_size), metavar="N|HxW", help=f"random crops (default {crop_size})")
     add("--width", type=integer, default=1024, help="resize frames to this width first (default 1024)")
     add("--lr", type=runtime.positive, default=lr, help=f"Adam's learning rate (default {lr})")
@@ -61,7 +61,6 @@ def add_arguments(parser, iterations, batch_size, crop_size, lr):
     add("--save-every", type=integer, default=5000, metavar="N", help="steps per checkpoint and sample grid (default 5000)")
     add("--keep-every", type=integer, metavar="N", help="also keep the network at multiples of N, as weights_0100000.pt")
     add("--check", action="store_true", help="check arguments and data, and stop before training")
-    runtime.add_device_arguments(parser)
 
 
 class Run:
@@ -74,38 +73,22 @@ class Run:
         args.processes, args.script, args.version = runtime.processes(), Path(sys.argv[0]).name, runtime.VERSION
         self.checkpoint = self.out / "checkpoint.pt"
         if args.compile and args.deterministic:
-            raise ValueError("--compile: not with --deterministic, because compiled kernels are chosen by timing them")
+            raise ValueError("--compile cannot be combined with --deterministic: compiled kernels are chosen by timing them")
         inputs = [getattr(args, name, None) for name in PATHS]
         files.check_out(self.out, *inputs)
         if args.cache:
             files.check_out(args.cache, *inputs, flag="--cache")
-        self.saved = self._read_arguments()
+        self.saved = files.read_settings(self.out)
         args.precision = runtime.pick_precision(args.precision, self.device, self.saved.get("precision"))
         self._compare_arguments()
         self.iteration, self.frames = 0, {}  # steps done; the data, {name: data.FrameList}
         self.rows, self.sums, self.steps_summed = [], {}, 0
 
-    def _read_arguments(self):
-        path = self.out / "args.json"
-        return files.read_json(path) if path.is_file() else {}
-
     def _compare_arguments(self, may_differ=()):
         """Raise ValueError if the run was started with arguments or data that would change what it computes."""
         self.arguments = json.loads(json.dumps(vars(self.args), default=str))
-        changed = {
-            key: f"{_described(key)} (was {self.saved.get(key)}, is now {value})"
-            for key, value in self.arguments.items()
-            # A flag that a run of an older version does not know was off; other new arguments had their default.
-            if key not in FREE_ARGUMENTS and self.saved.get(key, False if value is True and self.saved else value) != value
-        }
-        for key in may_differ:
-            if changed.pop(key, None):
-                log.warning("%s: %s has changed since the run was started", self.out, _described(key))
-        if changed:
-            raise ValueError(
-                f"{self.out}: started with other arguments: {', '.join(changed.values())}; give another --out, or delete this "
-                "one to start anew"
-            )
+        self.settings = {key: value for key, value in self.arguments.items() if key not in FREE_ARGUMENTS}
+        files.check_settings(self.out, self.saved, self.settings, may_differ)
 
     def is_finished(self, **frames):
         """True if the run has finished on these data, {name: data.FrameList}. ValueError if it was started on other data.
@@ -139,7 +122,7 @@ class Run:
         self.state, self.weights = state, weights
         if runtime.is_first():
             self.lock = files.lock(self.out)
-            if self._read_arguments() != self.saved:
+            if files.read_settings(self.out) != self.saved:
                 raise ValueError(f"{self.out}: another process has trained there since this one started; run the command again")
             (self.out / "samples").mkdir(exist_ok=True)
             files.clear_parts(self.out)
@@ -148,8 +131,7 @@ class Run:
         runtime.barrier()
         if self.checkpoint.is_file():
             self._load()
-        settings = {key: value for key, value in self.arguments.items() if key not in FREE_ARGUMENTS}
-        if any(each != [self.iteration, settings] for each in runtime.all_gather([self.iteration, settings])):
+        if any(each != [self.iteration, self.settings] for each in runtime.all_gather([self.iteration, self.settings])):
             raise ValueError(f"{self.out}: processes find different checkpoints or data; --out must be on a shared file system")
         if self.args.compile:
             for part in state.values():
@@ -161,7 +143,7 @@ class Run:
             if left_out:
                 files.write_left_out(self.out, left_out)
         frames = ", ".join(f"{name}: {len(used)} frames" for name, used in self.frames.items())
-        position = f"resumes after {self.iteration} of" if self.iteration else "starts on"
+        position = f"resuming after {self.iteration} of" if self.iteration else "training for"
         where = runtime.describe(self.device, self.args.precision)
         log.info("%s: %s; %s; %s %d steps", self.out, where, frames, position, self.args.iterations)
 
@@ -189,8 +171,8 @@ class Run:
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the remaining steps; log, save, and stop on signals."""
         args, size = self.args, self.args.batch_size
-        # Every iteration takes the next batch_size samples for each process in turn.
-        firsts = range((self.iteration * runtime.processes() + runtime.rank()) * size, self.samples, runtime.processes() * size)
+        together = runtime.processes() * size  # every iteration takes the next `size` samples for each process in turn
+        firsts = range(self.iteration * together + runtime.rank() * size, self.sample_count, together)
         indices = (range(first, first + size) for first in firsts)
         batches = loading.batches(dataset, indices, args.workers, self.device)
         self.bar = loading.progress(args.iterations, self.out, self.iteration)
@@ -230,7 +212,7 @@ class Run:
             self.save()
 
     @property
-    def samples(self):
+    def sample_count(self):
         """Samples in the whole run: iterations x batch size x processes."""
         return self.args.iterations * self.args.batch_size * runtime.processes()
 
@@ -299,16 +281,15 @@ class Run:
         """Write summary.json and, last, weights.pt, which marks the run as finished."""
         if not runtime.is_first():
             return
-        rows = [row for row in self.rows if row.get("wait_seconds")]  # older versions counted the wait as part of the step
         for name in ("seconds_per_iteration", "wait_seconds"):
-            times = [float(row[name]) for row in rows]
+            times = [float(row[name]) for row in self.rows]
             summary[name] = statistics.median(times[1:] or times)  # without the first interval, which warms up
         summary |= {
             "version": runtime.VERSION,
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "iterations": self.iteration,
-            "peak_memory_mib": max(int(row["peak_memory_mib"]) for row in rows),
+            "peak_memory_mib": max(int(row["peak_memory_mib"]) for row in self.rows),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
@@ -325,13 +306,6 @@ def torch_bytes(content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
-
-
-def _described(key):
-    """What an entry of args.json is: content_of_source -> "content of --source"."""
-    if "_of_" in key:
-        return key.replace("_of_", " of --").replace("_", "-")
-    return {"processes": "the number of processes", "script": "the script"}.get(key, "--" + key.replace("_", "-"))
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@
     python translate_dataset.py --unlabelled --source frames a.png b.jpg --translator runs/fastcut_l5 --out translated
     python translate_dataset.py --source gta5 --colours-of cityscapes --out translated/colour    # a control: no training at all
 
-Writes OUT/images/NAME.png and OUT/labels/NAME.png (Cityscapes label ids), GTA5's layout, at the width that the translator was
-trained for, with the height in proportion; labels are resized by nearest-exact (ours). The same command resumes an
-interrupted run; until it has finished, OUT/.unfinished keeps others from reading OUT's labels.
+Writes OUT/images/NAME.png and OUT/labels/NAME.png (the source's label ids), GTA5's layout, at the width that the translator was
+trained for, keeping the aspect ratio; labels are resized by nearest-exact (ours). The same command resumes an interrupted run.
+Until it is finished, OUT/.unfinished makes scripts that read labels refuse OUT.
 """
 
 import itertools
@@ -46,12 +46,11 @@ def parse_args():
     text = "instead of a translator, give each frame the colour statistics of a random photograph of this data set"
     translators.add_argument("--colours-of", type=runtime.real_path, metavar="DIR", help=text)
     add("--target-splits", default="train", help="with --colours-of: Cityscapes splits (default train)")
-    add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: of the translations (default 1024)")
+    add("--width", type=runtime.positive_int, default=1024, help="with --colours-of: output width (default 1024)")
     add("--out", type=runtime.path, required=True, metavar="DIR", help="the translated data set")
     add("--batch-size", type=runtime.positive_int, default=1, help="frames per batch (default 1)")
-    add("--cache", type=runtime.path, metavar="DIR", help="the trainers' --cache of resized frames, to read and fill")
+    add("--cache", type=runtime.path, metavar="DIR", help="folder for resized frames, shared with the trainers' --cache")
     runtime.add_compute_arguments(parser)
-    runtime.add_device_arguments(parser)
     args = parser.parse_args()
     if not args.unlabelled and len(args.source) > 1:
         parser.error("--source: one data set; several folders or files only with --unlabelled")
@@ -64,12 +63,9 @@ class ResizedPairs(Dataset):
     transfer: a colours.ColourTransfer that the image goes through, or None. cache: as for data.load_at_width.
     """
 
-    def __init__(self, frames, width, classes, transfer, cache):
+    def __init__(self, frames, width, transfer, cache):
         self.frames, self.width, self.transfer, self.cache = frames, width, transfer, cache
-        self.load_label_ids = partial(data.load_label_ids, classes=classes)
-
-    def __len__(self):
-        return len(self.frames)
+        self.load_label_ids = partial(data.load_label_ids, classes=frames.classes)
 
     def frame(self, i):
         return self.frames[i]
@@ -94,25 +90,13 @@ def translate(generator, images, autocast):
     return ((fake.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def saved_settings(args):
-    path = args.out / "args.json"
-    return files.read_json(path) if path.is_file() else {}
-
-
 def open_out(args, settings, frames):
     """Record the settings that the images in --out depend on. ValueError if some were made with other settings."""
-    saved = saved_settings(args)
-    if saved.get("script", settings["script"]) != settings["script"] or (not saved and any((args.out / "images").glob("*"))):
+    saved = files.read_settings(args.out)
+    if not saved and any((args.out / "images").glob("*")):
         raise ValueError(f"--out {args.out}: holds files that are not from this script; give another folder")
-    changed = [key for key in settings if key in saved and saved[key] != settings[key]]
-    if changed == ["content_of_source"] and not finished_names(args).issuperset(frame.name for frame in frames):
-        # A damaged file may have been repaired.
-        log.warning("%s: files of --source have changed since the translation was started", args.out)
-    elif changed:
-        listed = ", ".join(f"{key} (was {saved[key]}, is now {settings[key]})" for key in changed)
-        raise ValueError(
-            f"--out {args.out}: started with other settings: {listed}; give another --out, or delete this one to start anew"
-        )
+    is_finished = finished_names(args).issuperset(frame.name for frame in frames)  # else a damaged file may have been repaired
+    files.check_settings(f"--out {args.out}", saved, settings, () if is_finished else ["content_of_source"])
     runtime.barrier()  # all processes have compared
     for part in parts(args):
         (args.out / part).mkdir(exist_ok=True)
@@ -136,28 +120,22 @@ def finished_names(args):
     return set.intersection(*names)
 
 
-def translate_batches(translator, batches, classes, args):
-    """Translate batches of frames and write images and labels; threads encode the PNGs while the translator continues."""
-    frames = [frame for batch in batches for frame in batch]
-    starts = itertools.accumulate(map(len, batches), initial=0)
-    indices = [range(start, start + len(batch)) for start, batch in zip(starts, batches, strict=False)]
+def translate_batches(translator, frames, batches, args):
+    """Translate batches, sequences of indices into frames, and write images and labels; threads encode the PNGs meanwhile."""
 
     def write(name, fake, label):
         # Level 1 is much faster than the default, and the files are little larger.
         if label is not None:
             label = Image.fromarray(label.numpy())
-            label.putpalette(classes.colours.tobytes())
-            files.write_whole(args.out / "labels" / f"{name}.png", files.png_bytes(label, compress_level=1))
+            label.putpalette(frames.classes.colours.tobytes())
+            files.write_whole(args.out / "labels" / f"{name}.png", files.image_bytes(label, compress_level=1))
         path = args.out / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, files.png_bytes(Image.fromarray(fake.numpy()), compress_level=1))
+        files.write_whole(path, files.image_bytes(Image.fromarray(fake.numpy()), compress_level=1))
 
-    with (
-        loading.progress(len(frames), args.out) as bar,
-        files.writers(WRITERS) as submit,
-    ):
-        pairs = ResizedPairs(frames, translator.width, classes, translator.transfer, args.cache)
-        for batch in loading.batches(pairs, indices, args.workers, collate=list):  # sizes may differ
+    pairs = ResizedPairs(frames, translator.width, translator.transfer, args.cache)
+    with loading.progress(sum(map(len, batches)), args.out) as bar, files.writers(WRITERS) as submit:
+        for batch in loading.batches(pairs, batches, args.workers, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 translated = translator.translate(torch.stack(images)).permute(0, 2, 3, 1)
@@ -190,12 +168,12 @@ def main():
         frames = data.list_frames(args.source[0], args.split, exclude=exclude)
     device = runtime.pick_device(args.device, tf32=True, deterministic=args.deterministic)
     runtime.join_processes(device)
-    precision = runtime.pick_precision(args.precision, device, saved_settings(args).get("precision"))
+    precision = runtime.pick_precision(args.precision, device, files.read_settings(args.out).get("precision"))
     translator = load_translator(args, exclude, device, precision)
     check_frames(frames, translator.width)
 
     if runtime.is_first():
-        lock = files.lock(args.out)  # noqa: F841 - held until this process ends
+        lock = files.lock(args.out)  # noqa: F841 - held until main ends
     settings = {
         "script": "translate_dataset.py",
         "frames_of_source": frames.fingerprint(),
@@ -211,17 +189,17 @@ def main():
     open_out(args, settings, frames)
 
     # Shard before skipping finished frames, so that a resumed run batches exactly as an uninterrupted one.
-    batches = [frames[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
+    batches = [range(len(frames))[i : i + args.batch_size] for i in range(0, len(frames), args.batch_size)]
     done = finished_names(args)
     own = batches[runtime.rank() :: runtime.processes()]
-    own = [batch for batch in own if not done.issuperset(frame.name for frame in batch)]
+    own = [batch for batch in own if not done.issuperset(frames[i].name for i in batch)]
     count = sum(frame.name in done for frame in frames)
     where = runtime.describe(device, precision)
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
     if runtime.is_first() and count < len(frames):
         (args.out / data.UNFINISHED).touch()
     if own:
-        translate_batches(translator, own, frames.classes, args)
+        translate_batches(translator, frames, own, args)
     runtime.barrier()
     if runtime.is_first():
         (args.out / data.UNFINISHED).unlink(missing_ok=True)

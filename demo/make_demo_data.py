@@ -50,8 +50,8 @@ def write_frame(frame, out, seed, height, width):
     image, label = map(Image.fromarray, render(rng, domain, height, width))
     if domain == "source":  # GTA5's labels are palette images whose indices are the label ids
         label.putpalette(data.ID_COLOURS[:34].tobytes())  # ids 0 to 33
-    files.write_whole(image_path, files.png_bytes(image))
-    files.write_whole(label_path, files.png_bytes(label))
+    files.write_whole(image_path, files.image_bytes(image))
+    files.write_whole(label_path, files.image_bytes(label))
 
 
 def is_finished(out, arguments):

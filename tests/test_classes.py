@@ -1,6 +1,8 @@
 """Data sets with classes of their own: classes.csv, from drawn frames to table 3."""
 
+import copy
 import os
+import pickle
 import shutil
 import struct
 import zlib
@@ -70,6 +72,13 @@ def test_the_table_of_a_data_set(own):
     with pytest.raises(ValueError, match=r"0.png: label ids \[40\] are not in Cityscapes' table"):
         data.load_label(own / "source" / "labels" / "0.png")
     assert data.list_frames(own / "target", labelled=False).classes is data.CITYSCAPES  # not needed where labels are not read
+
+
+def test_a_table_survives_the_way_to_a_worker(own):
+    """Cityscapes' is recognised by identity."""
+    mine = data.read_classes(own / "source")
+    for copied in (copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))):
+        assert copied(data.CITYSCAPES) is data.CITYSCAPES and copied(mine).rows == mine.rows
 
 
 @pytest.mark.parametrize(
@@ -188,5 +197,5 @@ def test_tables_that_differ_are_named(own, pair, tmp_path):
     torch.save(models.network_state(network, 128, classes), tmp_path / "run" / "weights.pt")
     result = script("evaluate.py", "--segmenter", tmp_path / "run", "--data", pair / "target")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "--data and --segmenter: the tables of classes differ: (0, 'unlabeled'" in result.stderr
+    assert "--data and --segmenter: the class tables differ: (0, 'unlabeled'" in result.stderr
     assert "(0, 'unknown'" in result.stderr

@@ -21,6 +21,7 @@ from torchvision.datasets import Cityscapes
 
 import check_data
 import data
+import fid
 import runtime
 
 IDS = [c.id for c in data.CLASSES]
@@ -184,6 +185,15 @@ def test_sample_k_depends_on_seed_and_k_alone(tmp_path):
     assert not all(torch.equal(a, other[k]) for k, a in enumerate(forward))
 
 
+def test_samples_end_and_leave_other_random_numbers_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA's generators were seeded"))
+    crops = data.Crops(data.list_frames(write_gta5(tmp_path, [(24, 48)] * 2)), 48, (16, 16), length=3)
+    torch.default_generator.manual_seed(0)
+    expected = torch.rand(3)
+    torch.default_generator.manual_seed(0)
+    assert len([*crops]) == 3 and torch.equal(torch.rand(3), expected)
+
+
 def test_two_domains_are_shuffled_separately_and_the_shorter_one_repeats(tmp_path):
     long = data.list_frames(write_gta5(tmp_path / "a", [(20, 20)] * 6))
     short = data.list_frames(write_gta5(tmp_path / "b", [(20, 20)] * 4))
@@ -200,7 +210,6 @@ def test_two_domains_are_shuffled_separately_and_the_shorter_one_repeats(tmp_pat
 def test_cached_samples_are_the_same_to_the_bit(tmp_path):
     """While the cache fills and once it is full. Frames that already have the width are not copied."""
     frames = data.list_frames(write_gta5(tmp_path / "a", [(40, 60), (30, 50), (20, 36)]))
-    (tmp_path / "kept").mkdir()
     plain, cached = (data.Crops(frames, 36, (16, 16), 9, labelled=True, cache=c) for c in (None, tmp_path / "kept"))
     for k in range(9):
         assert all(torch.equal(a, b) for a, b in zip(plain[k], cached[k], strict=True))
@@ -213,7 +222,6 @@ def test_cached_samples_are_the_same_to_the_bit(tmp_path):
 
 def test_a_cache_notices_changed_originals_and_damaged_copies(tmp_path):
     path, kept = write_gta5(tmp_path / "a", [(40, 60)]) / "images" / "00000.png", tmp_path / "kept"
-    kept.mkdir()
     data.load_at_width(path, 30, cache=kept)
     (once,) = kept.iterdir()
     once.write_bytes(once.read_bytes()[:100])
@@ -736,6 +744,16 @@ def test_photographs_with_a_preview_are_rotated_too(tmp_path):
     assert data.load_image(tmp_path / "x.jpg").shape == (3, 48, 32)
 
 
+@pytest.mark.parametrize("tag", [0x011A, 0xA005])  # resolution, which is a fraction; place of further tags, a number
+def test_a_damaged_tag_does_not_keep_a_photograph_from_being_turned(tmp_path, tag):
+    """It holds the text abc."""
+    tags = struct.pack("<HHLHHHHL4s", 0x0112, 3, 1, 6, 0, tag, 2, 4, b"abc")
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + tags + struct.pack("<L", 0)
+    Image.new("RGB", (48, 32)).save(tmp_path / "x.jpg", exif=exif)
+    assert data.load_image(tmp_path / "x.jpg").shape == (3, 48, 32)
+    assert fid.read_image(tmp_path / "x.jpg", width=16).shape == (3, 299, 299)
+
+
 @pytest.mark.parametrize("tag", [0, 9, 65535])
 def test_an_invalid_orientation_is_ignored(tmp_path, tag):
     exif = Image.Exif()
@@ -750,7 +768,7 @@ def test_train_ids_instead_of_label_ids_cause_a_warning(tmp_path, caplog):
     for path in (root / "labels").iterdir():
         Image.fromarray(np.tile(np.array([0, 8, 13, 255], np.uint8), (20, 8))[:, :30]).save(path)
     check_data.check_frames(data.list_frames(root))
-    assert "Train ids?" in caplog.text
+    assert "are these train ids?" in caplog.text
 
 
 def test_a_label_must_be_png(tmp_path):

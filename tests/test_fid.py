@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_distance_of_few_images_equals_the_nuclear_norm_formula():
     assert isinstance(d, float) and d == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.parametrize("n", [20, 50, 400])
+def test_a_covariance_computed_in_float32_is_one(n):
+    """Rounded, it has eigenvalues below zero."""
+    x = torch.rand(n, 300, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    exact, rounded = ((x.to(dtype).mean(0).numpy(), x.to(dtype).T.cov().numpy()) for dtype in (torch.float64, torch.float32))
+    other = np.full(300, 0.4), np.eye(300) / 12
+    assert fid.frechet_distance(*rounded, *other) == pytest.approx(fid.frechet_distance(*exact, *other), rel=1e-3)
+
+
 def test_distance_of_constant_features_is_that_of_their_means():
     zero = np.zeros((3, 3))
     assert fid.frechet_distance(np.zeros(3), zero, np.full(3, 2.0), zero) == 12
@@ -177,6 +187,30 @@ def test_features_equal_pytorch_fid(same_weights, size, dtype):
     theirs = pytorch_fid.inception.InceptionV3([0, 1, 2, 3]).eval().to(dtype)(x)
     for dims, expected in zip(DIMS, theirs, strict=True):
         assert_close(fid.inception(same_weights, dims).to(dtype)(x), expected.mean((2, 3)))
+
+
+@torch.inference_mode()
+def test_features_are_float32_whatever_the_caller_has_set(checkpoint):
+    network, x = fid.inception(checkpoint[1], 64), torch.rand(1, 3, 299, 299)
+    expected = network(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network(x), expected)
+    torch.testing.assert_close(network(x.bfloat16()), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["", ".cudnn", ".cudnn.conv"])
+def test_torchs_newer_setting_of_precision_is_restored(name):
+    """torch raises an error when its older one is read after the newer one was changed."""
+    code = f"""
+        import torch, fid
+        torch.backends{name}.fp32_precision, torch.backends.cudnn.benchmark = "tf32", True
+        before = torch.backends.cudnn.conv.fp32_precision
+        with fid.without_tf32():
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee" and torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.conv.fp32_precision == before
+    """
+    if hasattr(torch.backends.cudnn, "conv"):
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=SCRIPT.parent)
 
 
 @pytest.fixture

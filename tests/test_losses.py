@@ -67,6 +67,12 @@ def test_patch_nce_computes_half_precision_in_float32(dtype, autocast):
     assert loss.item() == pytest.approx(patch_nce_loss(query.double(), positive.double()).item(), rel=1e-5)
 
 
+def test_patch_nce_takes_two_precisions():
+    q, p = (torch.nn.functional.normalize(torch.randn(1, 5, 8), dim=-1) for _ in range(2))
+    for pair in ((q.double(), p), (q, p.double())):
+        assert patch_nce_loss(*pair).item() == pytest.approx(patch_nce_loss(q, p).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("shapes", [((1, 4, 8), (1, 5, 8)), ((1, 4, 8), (1, 4, 9)), ((4, 8), (4, 8))])
 def test_patch_nce_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match="must be the same"):
@@ -132,6 +138,16 @@ def test_l1_loss_is_its_formula():
     loss = l1_loss(a, b)
     loss.backward()
     assert loss.item() == (1 + 3 + 2 + 0.5) / 4 and a.grad.tolist() == [[0.25, -0.25], [-0.25, -0.25]]
+
+
+def test_losses_refuse_what_would_be_broadcast_or_converted():
+    x = torch.rand(2, 3, 4, 6)
+    for other in (x[:, :1], x[0], x.mT):
+        with pytest.raises(ValueError, match="must be the same"):
+            l1_loss(x, other)
+    for labels in (torch.zeros(2, 6, 4, dtype=torch.long), torch.zeros(2, 1, 4, 6, dtype=torch.long), torch.zeros(2, 4, 6)):
+        with pytest.raises(ValueError, match="integers are needed"):
+            segmentation_loss(x, labels)
 
 
 def test_l1_loss_computes_half_precision_in_float32():

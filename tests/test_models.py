@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import sys
 
 import efficientnet_pytorch.utils
 import pytest
@@ -115,6 +116,9 @@ def test_leaving_out_a_bias_before_a_norm_changes_nothing(monkeypatch):
     def forward(self, x):
         return F.conv2d(models.reflect_pad(x, self.kernel_size[0] // 2), self.weight, self.bias)
 
+    assert all(p.grad_fn is None for p in left_out)
+    generator(x).mean().backward()  # as DistributedDataParallel demands, all that may be trained is used
+    assert all(p.grad is not None for p in left_out)
     monkeypatch.setattr(models.ReflectConv2d, "forward", forward)
     expected = generator(x)
     torch.testing.assert_close(image, expected)
@@ -439,6 +443,19 @@ def test_a_saved_network_comes_back(network, tmp_path):
     other = models.UNet if isinstance(network, models.ResnetGenerator) else models.ResnetGenerator
     with pytest.raises(ValueError, match=f"weights.pt: holds a {type(network).__name__}; a {other.__name__} is needed"):
         models.load_network(path, other)
+
+
+def test_a_missing_package_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    torch.save(models.network_state(models.UNet(5, "efficientnet-b0"), 64), tmp_path / "weights.pt")
+    monkeypatch.setitem(sys.modules, "efficientnet_pytorch", None)
+    with pytest.raises(ImportError, match="efficientnet_pytorch"):
+        models.load_network(tmp_path / "weights.pt")
+
+
+def test_weights_are_drawn_for_networks_without_biases_too():
+    conv = torch.nn.Conv2d(64, 64, 3, bias=False)
+    models.init_normal(conv)
+    assert conv.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 class Code:

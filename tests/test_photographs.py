@@ -157,13 +157,13 @@ def test_predictions_of_other_photographs_are_not_taken_for_these(photos, run, t
     words = ["--segmenter", run, "--out", tmp_path / "p", "--device", "cpu"]
     assert script("predict.py", *words, "--images", photos).returncode == 0
     result = script("predict.py", *words, "--images", photos / "deep")
-    assert result.returncode == 2 and "of another model, settings or folder of images" in result.stderr
+    assert result.returncode == 2 and "started with other arguments" in result.stderr
     later = (tmp_path / "p" / "a b.png").stat().st_mtime + 5
     os.utime(photos / "a b.png", (later, later))  # a video's frame that was extracted anew
     assert "3 photographs, 2 already segmented" in script("predict.py", *words, "--images", photos).stderr
     other = ["evaluate.py", "--segmenter", run, "--data", pair / "target", "--save-predictions", tmp_path / "p"]
     result = script(*other)
-    assert result.returncode == 2 and "of another model, settings or folder of images" in result.stderr
+    assert result.returncode == 2 and "started with other arguments" in result.stderr
 
 
 def test_frames_beside_the_city_folders_are_found(photos, tmp_path):
@@ -209,7 +209,7 @@ def test_a_killed_prediction_goes_on(photos, run, tmp_path, watched):
         (["--images", "{photos}/a b.png", "--out", "{other}"], "holds files that are not predictions"),
         (["--images", "{other}/empty", "--out", "{out}"], "no image"),
         (["--images", "{photos}/gone", "--out", "{out}"], "gone: No such file"),
-        (["--images", "{photos}", "--out", "{out}", "--segmenter", "{photos}"], "--segmenter .*: no weights.pt there"),
+        (["--images", "{photos}", "--out", "{out}", "--segmenter", "{photos}"], "--segmenter .*: not a finished run"),
         (["--images", "{other}/16.png", "--out", "{out}"], "16.png: .*16-bit"),
         (["--images", "{other}/damaged.png", "--out", "{out}"], "damaged.png: damaged image"),
         (["--images", "{photos}", "{photos}/a b.png", "--out", "{out}"], "different names"),

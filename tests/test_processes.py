@@ -244,7 +244,7 @@ def test_predictions_in_two_processes_are_the_same(pair, trained, tmp_path):
     assert torchrun(ROOT / "predict.py", *words, tmp_path / "two").returncode == 0
     assert len(assert_same_outputs(tmp_path / "one", tmp_path / "two")) == 1 + 4
     result = torchrun(ROOT / "predict.py", *words[:3], pair / "target", *words[4:], tmp_path / "two")
-    assert result.returncode == 1 and "of another model, settings or folder of images" in result.stderr
+    assert result.returncode == 1 and "started with other arguments" in result.stderr
 
 
 def test_scores_in_two_processes_are_the_same(pair, trained, tmp_path):

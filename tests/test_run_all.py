@@ -312,7 +312,7 @@ TRANSLATOR = ["--method", "cut", "--crop-size", 64, "--width", 128]
         (
             "adapt_features.py",
             ["--source", "{pair}/source", "--target", "{pair}/target", "--segmenter", "x"],
-            "--segmenter x: no weights.pt",
+            "--segmenter x: not a finished run",
         ),
         ("translate_dataset.py", ["--source", "{pair}/source", "--translator", "x"], "--translator x"),
     ],

@@ -63,7 +63,7 @@ def convert(path, out, table, is_colour):
         raise ValueError(f"{path}: {'colour' if is_colour else 'value'} {shown} is not in the table")
     ids = Image.fromarray(np.array([table[int(value)] for value in used], dtype=np.uint8)[places].reshape(values.shape))
     ids.putpalette(data.ID_COLOURS.tobytes())
-    files.write_whole(out / f"{path.stem}.png", files.png_bytes(ids))
+    files.write_whole(out / f"{path.stem}.png", files.image_bytes(ids))
 
 
 def main():
@@ -84,7 +84,7 @@ def main():
     settings, made = {"table": files.digest(args.table)}, args.out / "args.json"
     if made.is_file() and files.read_json(made) != settings:
         raise ValueError(f"--out {args.out}: made with another table; give another --out, or delete this one")
-    lock = files.lock(args.out)  # noqa: F841 - held until this process ends
+    lock = files.lock(args.out)  # noqa: F841 - held until main ends
     files.clear_parts(args.out)
     files.write_json(made, settings)
     left = [path for path in paths if not (args.out / f"{path.stem}.png").is_file()]
