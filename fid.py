@@ -215,6 +215,8 @@ def statistics(images, network, batch_size=32, workers=0, cache=None, name="imag
             return load_statistics(cached)
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     options = {"num_workers": min(workers, len(batches)), "worker_init_fn": end_with_parent}
+    if workers and sys.platform == "linux":
+        options["multiprocessing_context"] = "fork"  # Python 3.14's default would import torch again in each process
     loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=partial(read_batch, width=width), **options)
     features, device = [], next(network.parameters()).device
     with torch.inference_mode(), tqdm(total=len(paths), desc=str(name), unit="image", disable=None) as progress:

@@ -65,8 +65,7 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        # Python 3.14 would start workers from a server, and SIGCHLD would not report their death.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context=runtime.CONTEXT if workers else None,
         pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=runtime.serve_parent,
     )

@@ -75,7 +75,7 @@ def draw_frames(frames, out, **settings):
     for folder in {path.parent for frame in frames for path in paths(out, *frame)}:
         folder.mkdir(parents=True, exist_ok=True)
         files.clear_parts(folder)
-    pool = ProcessPoolExecutor(initializer=runtime.serve_parent)
+    pool = ProcessPoolExecutor(mp_context=runtime.CONTEXT, initializer=runtime.serve_parent)
     try:
         drawn = pool.map(partial(write_frame, out=out, **settings), frames, chunksize=4)
         for _ in tqdm(drawn, total=len(frames), unit="frame", desc="demo data", disable=None):
