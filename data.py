@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
@@ -85,7 +85,7 @@ def read_classes(root):
         with open(path, newline="", encoding="utf-8-sig") as file:
             numbers = ("train_id", "red", "green", "blue")
             rows = [(int(row["id"]), row["name"].strip(), *(int(row[n]) for n in numbers)) for row in csv.DictReader(file)]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path}: columns id, name, train_id, red, green, blue are needed, with integers") from error
     ids, train_ids = {row[0] for row in rows}, {row[2] for row in rows} - {VOID}
     if not all(0 <= number <= 255 for row in rows for number in (row[0], *row[2:])) or VOID in ids or len(ids) < len(rows):
@@ -154,7 +154,8 @@ def list_frames(root, split="train", labelled=True, exclude=()):
     frames[:] = [frame._replace(size=size) for frame, (size, label_size) in zip(frames, sizes) if size == label_size]
     if not frames:
         where = f"{root}/images" if (Path(root) / "images").is_dir() else root
-        raise ValueError(f"{where}: no image (.png, .jpg) to use; {len(frames.left_out)} left out")
+        left_out = "".join(f"; {number} {reason}" for reason, number in Counter(frames.left_out.values()).items())
+        raise ValueError(f"{where}: no image (.png, .jpg) to use{left_out}")
     if unmatched := sorted({*exclude} - {*map(bare_name, frames.left_out)}):
         log.warning("%s: %d excluded names match no frame: %s", root, len(unmatched), first_few(unmatched))
     for reason in dict.fromkeys(frames.left_out.values()):
@@ -238,8 +239,8 @@ def read_names(path):
         return frozenset()
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # as Python decodes paths
         names = {re.sub(r"(^|\s)#.*", "", line).strip() for line in file} - {""}
-    if not names:
-        raise ValueError(f"{path}: no name in it; one frame name per line is needed")
+    if not names or any("\0" in name for name in names):  # UTF-16, as PowerShell writes it
+        raise ValueError(f"{path}: no name in it, or not UTF-8 text; one frame name per line is needed")
     return frozenset(map(bare_name, names))
 
 

@@ -142,9 +142,11 @@ def find_images(folder, exclude=frozenset()):
             continue
         visited.add(os.path.realpath(parent))
         for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+            if entry.name[0] == ".":  # .ipynb_checkpoints, .thumbnails; as in data.py
+                continue
             if os.path.isdir(entry.path):  # entry.is_dir() would fail on a link to itself
                 folders.append(entry.path)
-            elif entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "." and frame_name(entry.name) not in exclude:
+            elif entry.name.lower().endswith(EXTENSIONS) and frame_name(entry.name) not in exclude:
                 if not entry.is_file():  # opening a FIFO would block
                     raise ValueError(f"{entry.path}: not a regular file")
                 images.append(entry.path)
@@ -352,7 +354,7 @@ def parse_arguments():
         fail("runs in one process: start it without torchrun")
     if len(args.inputs) != 2 and not args.check and (len(args.inputs) != 1 or args.out or not args.save):
         fail("A and B are required: two folders of images or .npz statistics (A alone with --save FILE.npz, without --out)")
-    if min(args.batch_size, args.width or 1) < 1 or not 0 <= args.workers <= 512:
+    if min(args.batch_size, 1 if args.width is None else args.width) < 1 or not 0 <= args.workers <= 512:
         fail("--batch-size and --width must be at least 1, --workers from 0 to 512")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -374,6 +376,8 @@ def read_exclude(path, folders):
 
 def run(args):
     for path in filter(None, (args.out, args.save)):  # an unwritable folder fails now, not after the work
+        if os.path.isdir(path):
+            raise ValueError(f"{path}: is a folder; give a file")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(path).parent).close()
     exclude = read_exclude(args.exclude, filter(os.path.isdir, args.inputs)) if args.exclude else frozenset()
@@ -382,6 +386,14 @@ def run(args):
     for path, data in zip(args.inputs, inputs):
         if isinstance(data, tuple) and data[0].size != args.dims:
             raise ValueError(f"{path}: statistics have {data[0].size} dimensions, but --dims is {args.dims}")
+    for path in (image for data in inputs if args.check and isinstance(data, list) for image in data):
+        try:  # the header alone
+            with Image.open(path, formats=FORMATS) as image:
+                mode = image.mode
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable image ({error})") from error
+        if mode[0] in "IF":
+            raise ValueError(f"{path}: mode {mode} has more than 8 bits per channel; leave it out with --exclude")
     if args.check or found:
         network = inception(args.weights, args.dims).to(args.device)
     # Only the published weights at 2048 dimensions give what the literature calls FID.

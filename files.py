@@ -78,9 +78,9 @@ def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def clear_parts(folder):
+def clear_parts(folder, below=True):
     """Remove what killed writers left. Call it only where no other process can be writing."""
-    for leftover in Path(folder).rglob(f".*{PART}"):
+    for leftover in Path(folder).glob(f"{'**/' if below else ''}.*{PART}"):
         leftover.unlink(missing_ok=True)
 
 
@@ -90,7 +90,7 @@ def open_cache(folder):
         raise ValueError(f"--cache {folder}: is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):
-        clear_parts(folder)
+        clear_parts(folder, below=False)  # there may be runs of others below
     else:
         log.warning("--cache %s: not writable, so nothing is kept there", folder)
 
@@ -221,8 +221,9 @@ def _described(key):
     """What an entry of args.json is: content_of_source -> "content of --source"."""
     if "_of_" in key:
         return key.replace("_of_", " of --").replace("_", "-")
-    names = {"processes": "the number of processes", "script": "the script", "weights": "the weights", "images": "the images"}
-    return names.get(key, "--" + key.replace("_", "-"))
+    if key in ("processes", "script", "weights", "images", "labels"):  # not flags, or not everywhere
+        return "the number of processes" if key == "processes" else f"the {key}"
+    return "--" + key.replace("_", "-")
 
 
 def finished(run, flag):

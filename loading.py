@@ -118,6 +118,8 @@ class _Batches(Dataset):
         try:
             return _Batch(self.collate([self.dataset[i] for i in batch]))
         except Exception as error:  # returned without its traceback, which would keep the loader alive
+            if runtime.is_out_of_memory(error):  # torch's is a plain RuntimeError
+                return MemoryError(str(error))
             for kind in (MemoryError, OSError, ValueError):
                 if isinstance(error, kind):
                     return kind(str(error))

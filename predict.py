@@ -35,7 +35,8 @@ def parse_args():
 
 def is_done(frame, args):
     """Is the frame segmented, and not newer than its prediction?"""
-    path, changed = args.out / f"{frame.name}.png", frame.image.stat().st_mtime
+    path, info = args.out / f"{frame.name}.png", frame.image.stat()
+    changed = max(info.st_mtime, info.st_ctime)  # a copy that keeps an older time (cp -p, rsync) changes ctime
     paths = [path, path.with_name(f"{path.stem}_overlay.jpg")] if args.overlay else [path]
     return all(path.is_file() and path.stat().st_mtime >= changed for path in paths)
 

@@ -237,10 +237,20 @@ def judge_translations(out):
 # Figures
 
 
+def or_left_out(what, function, out):
+    """function(out), or None if a data set is no longer where its run found it, as after copying OUT to another machine."""
+    try:
+        return function(out)
+    except FileNotFoundError as error:
+        print(f"{what}: left out ({error})")
+
+
 def data_set(path, argument):
     """A data set of a run and the names that it excludes, from its args.json."""
     args = files.read_json(path, argument)
     is_there = args.get("exclude") and Path(args["exclude"]).is_file()
+    if not Path(args[argument]).is_dir():
+        raise FileNotFoundError(f"{args[argument]}, which {path} names, is not there")
     return args[argument], data.read_names(args["exclude"]) if is_there else ()
 
 
@@ -292,7 +302,8 @@ def forecast(out, scale):
     seconds, memory, longest, disk = {}, {}, {}, {"translate_dataset.py": size_of(out / "translated")}
     for row in files.read_csv(out / "times.csv", "script", "stage", "seconds"):  # a stage that was resumed has several rows
         key = row["script"], row["stage"]
-        longest[key] = max(longest.get(key, 0), float(row["seconds"]))
+        if row["seconds"].isdecimal():  # a full disk or a power failure may have cut the last line
+            longest[key] = max(longest.get(key, 0), float(row["seconds"]))
     for (script, _), wall in longest.items():
         seconds[script] = seconds.get(script, 0) + wall
     for path in sorted(out.glob("*/*/summary.json")):
@@ -336,13 +347,13 @@ def main():
     with files.lock(out / "results", wait=True):
         files.clear_parts(out / "results")
         notes = write_tables(out)
-        if rows := judge_translations(out):
+        if rows := or_left_out("translations.csv", judge_translations, out):
             files.write_csv(out / "results" / "translations.csv", rows)
             print_table(
                 "Translations without labels: checkerboard artefacts (1: none), percentage of pixels whose class is kept", rows
             )
-        translations_figure(out)
-        segmentations_figure(out)
+        or_left_out("Figure 3", translations_figure, out)
+        or_left_out("Figure 4", segmentations_figure, out)
         results_page.write_page(out, notes)
         print(f"\nAll on one page: {out / 'results' / 'index.html'}")
     if args.scale < 1:

@@ -52,7 +52,11 @@ END
 }
 
 set_up() { # FILE...: requirements files; leaves the Python to use in PYTHON
-    if [ -n "${PYTHON:-}" ]; then return; fi
+    if [ -n "${PYTHON:-}" ]; then
+        "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2>/dev/null ||
+            fail "PYTHON=$PYTHON: cannot be run, or lacks torch; pip install -r $HERE/requirements.txt, or unset PYTHON"
+        return
+    fi
     command -v python3 >/dev/null || fail "python3 is missing; on Debian and Ubuntu: apt install python3 python3-venv"
     if has_requirements python3 "$@"; then PYTHON=python3; return; fi
     PYTHON=$HERE/.venv/bin/python
@@ -79,7 +83,7 @@ METHODS=$(echo ${METHODS-cyclegan cut fastcut_l5}) SEED=${SEED:-0} ITERATIONS_SC
 TARGET_SPLITS=${TARGET_SPLITS:-train} ORACLE=${ORACLE:-yes}
 case $ORACLE in yes | no) ;; *) fail "ORACLE is $ORACLE: yes or no" ;; esac
 case $NPROC in '' | *[!0-9]* | 0*) fail "NPROC is $NPROC: a number of processes is needed, 1 or more" ;; esac
-[[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed"
+[[ $ITERATIONS_SCALE =~ ^[0-9]*\.?[0-9]*$ && $ITERATIONS_SCALE =~ [1-9] ]] || fail "ITERATIONS_SCALE is $ITERATIONS_SCALE: a positive number is needed, such as 0.01"
 for method in $METHODS; do
     case $method in cyclegan | cut | fastcut | fastcut_l5 | colour) ;; *) fail "METHODS contains $method; choose from cyclegan, cut, fastcut, fastcut_l5, colour" ;; esac
 done
@@ -218,7 +222,7 @@ if [ -n "${SOURCE:-}" ]; then
     SOURCE=$(real_path "$SOURCE") TARGET=$(real_path "$TARGET")
     case $OUT/ in "$SOURCE"/* | "$TARGET"/*) fail "OUT=$OUT: lies inside SOURCE or TARGET, which are only read" ;; esac
 fi
-mkdir -p "$OUT"
+mkdir -p -- "$OUT" 2>/dev/null && [ -w "$OUT" ] || fail "OUT=$OUT: cannot be created or written; give another folder"
 is_drawn=no scored=yes oracle=$ORACLE # until the preflight finds no labels
 [ -n "${SOURCE:-}" ] || is_drawn=yes SOURCE=$OUT/data/source TARGET=$OUT/data/target
 describe=(stat -L -c '%n %s %.Y')
@@ -243,8 +247,9 @@ else
     title "Preflight: check data, weights and disk"
     if [ -d "$TARGET/leftImg8bit/val" ] && [ -d "$TARGET/gtFine/val" ]; then
         run check_data.py "$TARGET" --split val "${exclude[@]}"
+        unix() { tr -d '\r' 2>/dev/null <"$1"; } # whatever its line ends
         tables=("$SOURCE/classes.csv" "$TARGET/classes.csv")
-        [ ! -f "${tables[0]}" ] && [ ! -f "${tables[1]}" ] || cmp -s "${tables[@]}" || fail "${tables[0]} and ${tables[1]} must be the same"
+        [ ! -f "${tables[0]}" ] && [ ! -f "${tables[1]}" ] || cmp -s <(unix "${tables[0]}") <(unix "${tables[1]}") || fail "${tables[0]} and ${tables[1]} must be the same"
     else
         scored=no oracle=no
         echo "TARGET=$TARGET: no labelled val split there. Left out: the Oracle, scores, tables 2 and 3; figure 4 becomes predictions"

@@ -235,8 +235,8 @@ def pick_device(name, tf32=False, deterministic=False):
         name = f"cuda:{index}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:1, ...")
-    device = torch.device(name)
     try:
+        device = torch.device(name)
         torch.ones(1, device=device).add(1).item()  # a GPU may be listed and yet be busy, or too old for this torch
     except (RuntimeError, AssertionError) as error:
         reason, builds = str(error).splitlines()[0], "other builds: https://pytorch.org/get-started/previous-versions"

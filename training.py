@@ -79,6 +79,8 @@ class Run:
         if args.cache:
             files.check_out(args.cache, *inputs, flag="--cache")
         self.saved = files.read_settings(self.out)
+        if not self.saved and (made := [name for name in ("weights.pt", "checkpoint.pt") if (self.out / name).is_file()]):
+            raise ValueError(f"{self.out}: holds {made[0]}, but no args.json that says how it was made; give another --out")
         args.precision = runtime.pick_precision(args.precision, self.device, self.saved.get("precision"))
         self._compare_arguments()
         self.iteration, self.frames = 0, {}  # steps done; the data, {name: data.FrameList}
@@ -125,7 +127,8 @@ class Run:
             if files.read_settings(self.out) != self.saved:
                 raise ValueError(f"{self.out}: another process has trained there since this one started; run the command again")
             (self.out / "samples").mkdir(exist_ok=True)
-            files.clear_parts(self.out)
+            files.clear_parts(self.out, below=False)
+            files.clear_parts(self.out / "samples")
         if self.args.cache:  # each machine may have its own
             files.open_cache(self.args.cache)
         runtime.barrier()
@@ -282,14 +285,14 @@ class Run:
         if not runtime.is_first():
             return
         for name in ("seconds_per_iteration", "wait_seconds"):
-            times = [float(row[name]) for row in self.rows]
-            summary[name] = statistics.median(times[1:] or times)  # without the first interval, which warms up
+            times = [float(row[name]) for row in self.rows if row.get(name)]  # log.csv may have been deleted
+            summary[name] = statistics.median(times[1:] or times or [0.0])  # without the first interval, which warms up
         summary |= {
             "version": runtime.VERSION,
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "iterations": self.iteration,
-            "peak_memory_mib": max(int(row["peak_memory_mib"]) for row in self.rows),
+            "peak_memory_mib": max((int(row["peak_memory_mib"]) for row in self.rows), default=0),
             "precision": self.args.precision,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }

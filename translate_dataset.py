@@ -93,7 +93,7 @@ def translate(generator, images, autocast):
 def open_out(args, settings, frames):
     """Record the settings that the images in --out depend on. ValueError if some were made with other settings."""
     saved = files.read_settings(args.out)
-    if not saved and any((args.out / "images").glob("*")):
+    if not saved and any(any((args.out / part).glob("*")) for part in parts(args)):
         raise ValueError(f"--out {args.out}: holds files that are not from this script; give another folder")
     is_finished = finished_names(args).issuperset(frame.name for frame in frames)  # else a damaged file may have been repaired
     files.check_settings(f"--out {args.out}", saved, settings, () if is_finished else ["content_of_source"])

@@ -54,7 +54,7 @@ def write_frame(frame, out, seed, height, width):
     files.write_whole(label_path, files.image_bytes(label))
 
 
-def is_finished(out, arguments):
+def is_finished(out, arguments, frames):
     """Whether OUT already holds all frames of these arguments. ValueError if it holds anything else."""
     finished, unfinished = out / "demo.json", out / "demo.unfinished.json"
     for path in (path for path in (finished, unfinished) if path.exists()):
@@ -64,7 +64,7 @@ def is_finished(out, arguments):
                 flag = "--" + name.replace("_", "-")
                 before = f"{flag} was {previous.get(name)} and is now {value} (see {path})"
                 raise ValueError(f"{before}; give another OUT, or delete this one to start anew")
-        return path == finished
+        return path == finished and all(file.is_file() for frame in frames for file in paths(out, *frame))
     if (out / "source").exists() or (out / "target").exists():
         raise ValueError(f"OUT: {out} holds a source or target folder that this script did not write; give another folder")
     return False
@@ -102,7 +102,7 @@ seed = runtime.number(int, 0, 999_999)
 
 def main(argv=None):
     parser = runtime.parser(__doc__)
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for OUT/source and OUT/target")
+    parser.add_argument("out", metavar="OUT", type=runtime.path, help="a new folder, for OUT/source and OUT/target")
     parser.add_argument("--seed", type=seed, default=0, help="other seeds give other streets (default 0)")
     parser.add_argument("--size", type=parse_size, default="128x256", metavar="HxW", help="of a frame (default 128x256)")
     parser.add_argument("--source-count", type=count, default=400, metavar="N", help="source frames (default 400)")
@@ -114,7 +114,7 @@ def main(argv=None):
     counts = {("source", "train"): args.source_count, ("target", "train"): args.target_count, ("target", "val"): args.val_count}
     frames = [(domain, split, k) for (domain, split), n in counts.items() for k in range(n)]
     height, width = map(int, args.size.split("x"))
-    if is_finished(args.out, arguments):
+    if is_finished(args.out, arguments, frames):
         print(f"{args.out} is finished: nothing to do")
         return
     with files.lock(args.out):

@@ -177,7 +177,13 @@ def test_labels_of_synthia_and_camvid_become_cityscapes_ids(tmp_path):
     result = convert(tmp_path / "c", "camvid_to_cityscapes.csv", tmp_path / "c_ids")
     assert result.returncode == 2 and "b_L.png: colour 1, 2, 3 is not in the table" in result.stderr
     result = convert(tmp_path / "c", "synthia_to_cityscapes.csv", tmp_path / "c_ids")
-    assert result.returncode == 2 and "made with another table" in result.stderr
+    assert result.returncode == 2 and "started with other arguments: --table" in result.stderr
+    shutil.copytree(tmp_path / "c", tmp_path / "other")
+    result = convert(tmp_path / "other", "camvid_to_cityscapes.csv", tmp_path / "c_ids")
+    assert result.returncode == 2 and "started with other arguments: the labels" in result.stderr
+    shutil.copytree(tmp_path / "c", tmp_path / "full")
+    result = convert(tmp_path / "c", "camvid_to_cityscapes.csv", tmp_path / "full")
+    assert result.returncode == 2 and "holds files that are not from this script" in result.stderr
     os.mkfifo(tmp_path / "s" / "x.png")
     result = convert(tmp_path / "s", "synthia_to_cityscapes.csv", tmp_path / "s_ids")
     assert result.returncode == 2 and "x.png: not a regular file" in result.stderr

@@ -439,7 +439,7 @@ def test_all_problems_of_the_structure_are_counted_and_listed(tmp_path, monkeypa
     assert refused(data.list_frames, root, exclude=names[:4]) == expected[3]  # a single problem, no count
     differing = f"{labels[3]}: differs from its image in size (1 of 2 labels)"
     assert refused(data.list_frames, root, exclude=[*names[:3], names[4]]) == differing
-    assert "6 left out" in refused(data.list_frames, root, exclude=names)
+    assert "6 excluded" in refused(data.list_frames, root, exclude=names)
 
 
 def test_a_name_in_two_cities_is_refused(tmp_path):

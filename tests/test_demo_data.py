@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_an_interrupted_run_is_resumed(small, tmp_path):
     assert (tmp_path / "demo.json").exists() and not (tmp_path / "demo.unfinished.json").exists()
     assert (tmp_path / "source/images/00000.png").read_bytes() == b"kept"
     assert contents(tmp_path / "target") == contents(small / "target")
+
+
+def test_a_frame_that_is_gone_is_drawn_again(small, tmp_path):
+    shutil.copytree(small, tmp_path / "again")
+    [gone, *_] = sorted((tmp_path / "again" / "source" / "images").iterdir())
+    gone.unlink()
+    assert make(tmp_path / "again").returncode == 0
+    assert contents(tmp_path / "again") == contents(small)
 
 
 def refused(process, *words):

@@ -264,6 +264,35 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_all_frames(pair, tmp
     assert_same_outputs(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("left", ["weights.pt", "checkpoint.pt"])
+def test_a_run_that_does_not_say_how_it_was_made_is_refused(pair, segmenter, tmp_path, monkeypatch, capsys, left):
+    """Nor is a foreign weights.pt taken for a finished run."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(segmenter / left, tmp_path / "run")
+    module, words = stage("segmenter", pair)
+    assert call(monkeypatch, module, [*words, "--iterations", 3, "--workers", 0, "--out", tmp_path / "run"]) == 2
+    assert f"run: holds {left}, but no args.json" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [left]
+
+
+def test_what_another_run_is_writing_below_the_cache_is_left_alone(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    writing, killed = tmp_path / "runs" / "a" / f".checkpoint.pt.1{files.PART}", tmp_path / "runs" / f".x.png.1{files.PART}"
+    for path in (writing, killed):
+        path.touch()
+    files.open_cache(tmp_path / "runs")
+    assert writing.exists() and not killed.exists()
+
+
+def test_a_run_without_its_log_can_be_finished(pair, segmenter, tmp_path, monkeypatch):
+    shutil.copytree(segmenter, tmp_path / "run")
+    for name in ("log.csv", "weights.pt"):
+        (tmp_path / "run" / name).unlink()
+    module, words = stage("segmenter", pair)
+    assert call(monkeypatch, module, [*words, "--iterations", 1, "--workers", 0, "--out", tmp_path / "run"]) == 0
+    assert (tmp_path / "run" / "weights.pt").read_bytes() == (segmenter / "weights.pt").read_bytes()
+
+
 def test_what_cannot_be_written_is_named(pair, monkeypatch, capsys):
     module, words = stage("cut", pair)
     assert call(monkeypatch, module, [*words, "--out", "/proc/clada"]) == 2  # not even root can

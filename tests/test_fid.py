@@ -465,6 +465,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "x.npz").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_check_reads_every_header_and_hidden_folders_do_not_count(folders, checkpoint, monkeypatch, capsys):
+    hidden = folders[0] / ".thumbnails"
+    hidden.mkdir()
+    Image.new("I;16", (8, 8)).save(hidden / "x.png")
+    words = [*map(str, folders), "--weights", str(checkpoint[1]), "--dims", "64", "--check"]
+    monkeypatch.setattr(sys, "argv", ["fid.py", *words])
+    fid.main()
+    hidden.rename(folders[0] / "scans")
+    with pytest.raises(SystemExit) as end:
+        fid.main()
+    assert end.value.code == 2 and "x.png: mode I;16 has more than 8 bits" in capsys.readouterr().err
+
+
 def test_a_damaged_cache_is_made_anew(folders, network, tmp_path):
     expected = fid.statistics(folders[0], network, cache=tmp_path / "c")
     [cached] = (tmp_path / "c").iterdir()

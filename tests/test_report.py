@@ -385,6 +385,14 @@ def test_the_pages_numbers_are_those_of_the_tables_and_the_best_are_marked(fille
     assert expected < marked and not {"Oracle", "Source Only", "CUT"} & {name for name, column in marked if column == "rider ↑"}
 
 
+def test_where_the_data_have_gone_tables_and_page_are_made(filled, call, tmp_path):
+    settings = filled / "segmenters" / "source_only" / "args.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"data": str(tmp_path / "gone")}))
+    printed = call(filled)
+    assert f"Figure 3: left out ({tmp_path / 'gone'}, which" in printed
+    assert (filled / "results" / "index.html").is_file() and (filled / "results" / "table2.csv").is_file()
+
+
 def test_the_page_of_an_unfinished_run_names_what_is_missing(filled, call):
     for part in ("segmenters", "translated"):
         (filled / part).rename(filled.parent / part)

@@ -36,7 +36,7 @@ def read_table(path):
         is_colour = "value" not in rows[0]
         keys = [int("".join(f"{int(row[c]):02x}" for c in COLOUR), 16) if is_colour else int(row["value"]) for row in rows]
         table = dict(zip(keys, (int(row["id"]) for row in rows), strict=True))
-    except (KeyError, IndexError, ValueError, TypeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: columns id and value, or id, red, green, blue, are needed, with integers") from error
     if len(table) < len(rows) or not all(0 <= label_id <= 255 for label_id in table.values()):
         raise ValueError(f"{path}: a value or colour stands there twice, or an id is not from 0 to 255")
@@ -81,12 +81,16 @@ def main():
         raise ValueError(f"{other[0]}: not a regular file")
     if repeated := [one for one, two in itertools.pairwise(sorted(path.stem for path in paths)) if one == two]:
         raise ValueError(f"{args.labels}: two files of the name {repeated[0]}")
-    settings, made = {"table": files.digest(args.table)}, args.out / "args.json"
-    if made.is_file() and files.read_json(made) != settings:
-        raise ValueError(f"--out {args.out}: made with another table; give another --out, or delete this one")
+    saved, settings = (
+        files.read_settings(args.out),
+        {"table": files.digest(args.table), "labels": os.path.realpath(args.labels)},
+    )
+    if not saved and any(args.out.glob("*.png")):
+        raise ValueError(f"--out {args.out}: holds files that are not from this script; give another folder")
+    files.check_settings(f"--out {args.out}", saved, settings)
     lock = files.lock(args.out)  # noqa: F841 - held until main ends
     files.clear_parts(args.out)
-    files.write_json(made, settings)
+    files.write_json(args.out / "args.json", settings)
     left = [path for path in paths if not (args.out / f"{path.stem}.png").is_file()]
     with loading.progress(len(left), args.out) as bar, files.writers(os.cpu_count()) as submit:
         for path in left:
