@@ -62,7 +62,7 @@ class Classes:
             self.train_ids[label_id], self.colours[label_id] = train_id, colour
         self.palette = self.colours[self.label_ids]
 
-    def __reduce__(self):  # in worker processes that were not forked, too, CITYSCAPES is CITYSCAPES
+    def __reduce__(self):  # so that `is CITYSCAPES` also holds in workers that were not forked
         return "CITYSCAPES" if self is CITYSCAPES else (Classes, (self.rows,))
 
     def check_same(self, other, what):

@@ -74,9 +74,8 @@ class InceptionFeatures(nn.Module):
                 self.pool_branches[name], block.branch_pool = block.branch_pool, nn.Identity()
 
     def forward(self, x):
-        x = (
-            2 * resize(x.to(torch.promote_types(x.dtype, torch.float32))).to(memory_format=torch.channels_last) - 1
-        )  # a third faster than (B, C, H, W) on a CPU
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = 2 * resize(x).to(memory_format=torch.channels_last) - 1  # a third faster than (B, C, H, W) on a CPU
         with torch.autocast(x.device.type, enabled=False), without_tf32():
             for name, block in self.blocks.items():
                 if name not in self.pool_branches:
@@ -177,12 +176,19 @@ def read_batch(paths, width=None):
         return ValueError(f"{path}: not a readable image ({error})")
 
 
-def read_image(path, width=None):
-    """Image file -> (3, 299, 299) float32 array in [0, 1], turned upright by its EXIF tag, resized to `width` first."""
-    orientation = None
+@contextlib.contextmanager
+def open_image(path):
+    """Open an image file and read its header. Raises ValueError for more than 8 bits per channel, and what Pillow raises."""
     with Image.open(path, formats=FORMATS) as image:
         if image.mode[0] in "IF":  # 16 or 32 bits per channel, which convert() would clip at 255
             raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+        yield image
+
+
+def read_image(path, width=None):
+    """Image file -> (3, 299, 299) float32 array in [0, 1], turned upright by its EXIF tag, resized to `width` first."""
+    orientation = None
+    with open_image(path) as image:
         with contextlib.suppress(Exception):  # viewers ignore damaged EXIF
             orientation = image.getexif().get(0x112)
         image = image.convert("RGB")
@@ -387,13 +393,11 @@ def run(args):
         if isinstance(data, tuple) and data[0].size != args.dims:
             raise ValueError(f"{path}: statistics have {data[0].size} dimensions, but --dims is {args.dims}")
     for path in (image for data in inputs if args.check and isinstance(data, list) for image in data):
-        try:  # the header alone
-            with Image.open(path, formats=FORMATS) as image:
-                mode = image.mode
+        try:
+            with open_image(path):
+                pass
         except Exception as error:
-            raise ValueError(f"{path}: not a readable image ({error})") from error
-        if mode[0] in "IF":
-            raise ValueError(f"{path}: mode {mode} has more than 8 bits per channel; leave it out with --exclude")
+            raise ValueError(f"{path}: not a readable image ({error}); leave it out with --exclude") from error
     if args.check or found:
         network = inception(args.weights, args.dims).to(args.device)
     # Only the published weights at 2048 dimensions give what the literature calls FID.

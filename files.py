@@ -200,7 +200,7 @@ def read_settings(folder):
 
 
 def check_settings(out, saved, settings, may_differ=()):
-    """Raise ValueError naming the settings that have changed since the folder `out` was started; `may_differ` only warn."""
+    """Raise ValueError naming the settings changed since the folder `out` was started; for those in `may_differ`, only warn."""
     changed = {
         key: f"{_described(key)} (was {saved.get(key)}, is now {value})"
         for key, value in settings.items()
@@ -222,7 +222,7 @@ def _described(key):
     if "_of_" in key:
         return key.replace("_of_", " of --").replace("_", "-")
     if key in ("processes", "script", "weights", "images", "labels"):  # not flags, or not everywhere
-        return "the number of processes" if key == "processes" else f"the {key}"
+        return f"the {key}".replace("processes", "number of processes")
     return "--" + key.replace("_", "-")
 
 

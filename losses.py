@@ -73,12 +73,12 @@ def l1_loss(a, b):
 def segmentation_loss(logits, labels, ignore=255):
     """Mean cross entropy over the pixels that are not void, 0 if all are (ours: the paper names no loss).
 
-    logits: (B, C, H, W); labels: (B, H, W) integer train ids, `ignore` for void. Raises ValueError for other labels.
+    logits: (B, C, H, W); labels: (B, H, W) integer train ids, `ignore` for void. Raises ValueError for labels of another
+    shape or kind.
     """
     if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point():
-        raise ValueError(
-            f"labels: {labels.dtype} {tuple(labels.shape)}; integers are needed, as for logits {tuple(logits.shape)}"
-        )
+        shape = (len(logits), *logits.shape[2:])
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}: must be integers {shape}")
     logits = at_least_float32(logits)
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (B, C, H, W) -> (B*H*W, C); does not copy in channels_last
     # reduction="none", then a sum: on CUDA, the built-in reduction over images uses atomics and is not deterministic.

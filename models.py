@@ -254,8 +254,8 @@ def init_normal(network):
 
 
 class UNet(nn.Module):
-    """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32,
-    in training with one image > 32.
+    """Task model (stages 3, 4), U-Net on an EfficientNet: (B, 3, H, W) in [0, 1] -> (B, num_classes, H, W) logits; H, W >= 32
+    (in training with a single image: above 32).
 
     encoder: efficientnet-b0 to -b7. encoder_weights: None (random), "imagenet" (downloaded), or a file of efficientnet-pytorch.
     Raises ValueError if either is unusable. ImageNet's normalisation is built in. unet(x, return_features=True) -> (logits,

@@ -182,8 +182,8 @@ def shut_gate(out):
 def checkerboard(images):
     """Strength of checkerboard artefacts in images (3, H, W) uint8: 1 means none (ours).
 
-    Two transposed convolutions leave a grid with periods of 2 and 4 pixels (Odena et al. 2016). Returned is
-    the images' mean power at these periods over that at the three frequencies on each side, averaged over periods and axes.
+    Two transposed convolutions leave a grid with periods of 2 and 4 pixels (Odena et al. 2016). The strength is the mean power
+    at these periods over that at the three frequencies on each side, averaged over both periods, rows and columns.
     """
     ratios = []
     for axis, k in itertools.product((1, 2), (2, 4)):

@@ -23,7 +23,7 @@ import files
 
 VERSION = "0.2.0"
 log = logging.getLogger("runtime")
-# How workers start. Python 3.14's default is a server, which imports torch again for each, and hides their death from SIGCHLD.
+# How workers start. Python 3.14's default, a fork server, imports torch again for each and hides their death from SIGCHLD.
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # trainers finish the step and save; workers ignore them
 

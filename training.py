@@ -174,8 +174,8 @@ class Run:
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the remaining steps; log, save, and stop on signals."""
         args, size = self.args, self.args.batch_size
-        together = runtime.processes() * size  # every iteration takes the next `size` samples for each process in turn
-        firsts = range(self.iteration * together + runtime.rank() * size, self.sample_count, together)
+        stride = runtime.processes() * size  # samples per iteration: the next `size` for each process in turn
+        firsts = range(self.iteration * stride + runtime.rank() * size, self.sample_count, stride)
         indices = (range(first, first + size) for first in firsts)
         batches = loading.batches(dataset, indices, args.workers, self.device)
         self.bar = loading.progress(args.iterations, self.out, self.iteration)

@@ -475,7 +475,7 @@ def test_check_reads_every_header_and_hidden_folders_do_not_count(folders, check
     hidden.rename(folders[0] / "scans")
     with pytest.raises(SystemExit) as end:
         fid.main()
-    assert end.value.code == 2 and "x.png: mode I;16 has more than 8 bits" in capsys.readouterr().err
+    assert end.value.code == 2 and "x.png: not a readable image (mode I;16 has more than 8 bits" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_is_made_anew(folders, network, tmp_path):

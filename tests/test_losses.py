@@ -146,7 +146,7 @@ def test_losses_refuse_what_would_be_broadcast_or_converted():
         with pytest.raises(ValueError, match="must be the same"):
             l1_loss(x, other)
     for labels in (torch.zeros(2, 6, 4, dtype=torch.long), torch.zeros(2, 1, 4, 6, dtype=torch.long), torch.zeros(2, 4, 6)):
-        with pytest.raises(ValueError, match="integers are needed"):
+        with pytest.raises(ValueError, match=r"must be integers \(2, 4, 6\)"):
             segmentation_loss(x, labels)
 
 

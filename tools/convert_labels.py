@@ -81,10 +81,8 @@ def main():
         raise ValueError(f"{other[0]}: not a regular file")
     if repeated := [one for one, two in itertools.pairwise(sorted(path.stem for path in paths)) if one == two]:
         raise ValueError(f"{args.labels}: two files of the name {repeated[0]}")
-    saved, settings = (
-        files.read_settings(args.out),
-        {"table": files.digest(args.table), "labels": os.path.realpath(args.labels)},
-    )
+    saved = files.read_settings(args.out)
+    settings = {"table": files.digest(args.table), "labels": os.path.realpath(args.labels)}
     if not saved and any(args.out.glob("*.png")):
         raise ValueError(f"--out {args.out}: holds files that are not from this script; give another folder")
     files.check_settings(f"--out {args.out}", saved, settings)
