@@ -98,11 +98,12 @@ else
     if [ "$SETTINGS" = demo ]; then OUT=${OUT:-runs/quick}; else OUT=${OUT:-runs/$SETTINGS}; fi
 fi
 # Steps: translate (stage 1), bounds (Source Only, Oracle), segment (the other task models), head_start and adapt (stage 4).
-# frame_kib: what a frame takes on disk as PNG, translated or resized.
+# frame_kib: what a frame takes on disk as PNG, translated or resized. method_mib: at most what a method's checkpoints and
+# weights take; Source Only, Oracle, stage 4 and the rest take at most two times that.
 case $SETTINGS in
     demo) # everything smaller, for two cores in minutes; Source Only and Oracle take as many steps as CLADA in all
         FID_WEIGHTS=${FID_WEIGHTS:-random}
-        translate=450 bounds=480 segment=420 head_start=140 adapt=60 frame_kib=64
+        translate=450 bounds=480 segment=420 head_start=140 adapt=60 frame_kib=64 method_mib=300
         common=(--workers 0 --log-every 10)
         translator=(--width 256 --crop-size 96 --base-channels 16 --lr 5e-4 --antialias --colour-transfer --save-every 150)
         segmenter=(--width 256 --crop-size 128 --batch-size 4 --save-every 100)
@@ -111,7 +112,7 @@ case $SETTINGS in
         readers=(--workers 0)
         ;;
     small) # between the two, with the colour transfer of the demo: too few steps for a translator to move colours by itself
-        translate=6000 bounds=4000 segment=4000 head_start=400 adapt=600 frame_kib=256
+        translate=6000 bounds=4000 segment=4000 head_start=400 adapt=600 frame_kib=256 method_mib=300
         common=(--save-every 500)
         translator=(--width 512 --crop-size 256 --base-channels 32 --antialias --colour-transfer)
         segmenter=(--width 512 --crop-size 256 --batch-size 4)
@@ -120,7 +121,7 @@ case $SETTINGS in
         readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     paper) # every setting is the scripts' default
-        translate=400000 bounds=120000 segment=120000 head_start=2000 adapt=18000 frame_kib=1024
+        translate=400000 bounds=120000 segment=120000 head_start=2000 adapt=18000 frame_kib=1024 method_mib=1024
         common=() translator=() segmenter=() adapter=() readers=() CACHE=${CACHE-$OUT/frames}
         ;;
     *) fail "SETTINGS is $SETTINGS: paper, small or demo" ;;
@@ -259,12 +260,11 @@ else
     [ $oracle = no ] || train_segmenter oracle "$TARGET" $bounds --check
     if [[ " $METHODS " == *" fastcut_l5 "* ]]; then adapt_features clada --check; fi
     run fid.py "$(photos_of "$SOURCE" train)" "$(photos_of "$TARGET" "$TARGET_SPLITS")" --weights "$FID_WEIGHTS" --check "${exclude[@]}"
-    # Checkpoints and weights take at most 1 GiB per method.
     count() { { find -L "$@" -type f 2>/dev/null || true; } | wc -l; }
     frames=$(count "$(photos_of "$SOURCE" train)") kept=0 free=$(df -Pk "$OUT" | awk 'NR == 2 { print int($4 / 1024) }')
     [ -z "${CACHE:-}" ] || kept=$((frames + $(count "$(photos_of "$TARGET" "$TARGET_SPLITS")")))
     translators=$(wc -w <<<"$METHODS")
-    needed=$(((translators * frames + kept) * frame_kib / 1024 + translators * 1024 + 2048))
+    needed=$(((translators * frames + kept) * frame_kib / 1024 + (translators + 2) * method_mib))
     held=$({ du -sk "$OUT" 2>/dev/null || true; } | awk '{ print int($1 / 1024) }') # what an earlier call has written already
     [ $((free + held)) -ge "$needed" ] || fail "OUT=$OUT: about $((needed - held)) MiB are needed on its disk, $((free)) are free"
 fi
