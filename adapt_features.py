@@ -43,22 +43,13 @@ def parse_args(words=None):
     add = parser.add_argument
     target = "target data set, or any folder of images; labels are not read"
     training.add_domain_arguments(parser, source="translated, labelled data set", target=target)
-    add(
-        "--segmenter",
-        type=runtime.path,
-        required=True,
-        metavar="RUN",
-        help="finished run of train_segmenter.py on --source",
-    )
+    add("--segmenter", type=runtime.path, required=True, metavar="RUN", help="finished run of train_segmenter.py on --source")
     add("--layer", choices=LAYERS, default="decoder3", help="input of D_feat (default decoder3, stride 4)")
     add("--adversarial-weight", type=runtime.non_negative, default=0.01, help="weight of the adversarial loss (default 0.01)")
     add("--discriminator-lr", type=runtime.positive, default=1e-4, help="Adam's learning rate for D_feat (default 1e-4)")
     add("--gate", type=runtime.fraction, default=0.6, help="D_feat accuracy that opens the gate (default 0.6)")
-    add(
-        "--head-start",
-        type=runtime.count,
-        help="first steps, which train D_feat alone; part of --iterations (default: a tenth of them)",
-    )
+    text = "first steps, which train D_feat alone; part of --iterations (default: a tenth of them)"
+    add("--head-start", type=runtime.count, help=text)
     add("--no-target", action="store_true", help="control: no target frames reach the segmenter, and there is no adversary")
     training.add_arguments(parser, iterations=20_000, batch_size=4, crop_size="512", lr=1e-5)
     args = parser.parse_args(words)
@@ -176,9 +167,7 @@ def main():
     exclude = data.read_names(args.exclude)
     target = data.list_frames(args.target, args.target_splits, labelled=False, exclude=exclude)
     check_frames(target, args.width, args.crop_size)
-    if args.check:  # not --source and --segmenter: stages 2 and 3 may not have run yet
-        run.print_check()
-        return
+    run.end_check()  # before --source and --segmenter: stages 2 and 3 may not have run yet
     source = data.list_frames(args.source, exclude=exclude)
     weights = files.finished(args.segmenter, "--segmenter")
     args.weights_of_segmenter = files.digest(weights)

@@ -48,14 +48,15 @@ def check_frames(frames, width=None, crop=None):
         least = f"the crop of {least_h}x{least_w} (HxW): lower --crop-size" if crop else "the minimum of 16x16"
         raise ValueError(f"{too_small[0]}, smaller than {least} ({len(too_small)} of {len(frames)} frames)")
     ids, labels = set(), [frame.label for frame in frames if frame.label]
-    for label in labels:  # usually the first one settles it
+    for count, label in enumerate(labels, 1):  # usually the first one settles it
         ids.update(data.load_label_ids(label, frames.classes).unique().tolist())
         is_void = all(frames.classes.train_ids[i] == data.VOID for i in ids)
-        if not is_void and (ids & {*range(19, 34)} or frames.classes is not data.CITYSCAPES):
-            return
+        are_train_ids = frames.classes is data.CITYSCAPES and not ids & {*range(19, 34)}
+        if not is_void and (not are_train_ids or count == 100):
+            break
     if labels and is_void:  # such as Cityscapes' test split
         raise ValueError(f"{labels[0]}: all void, as are all {len(labels)} labels; label ids are needed")
-    if labels:
+    if labels and are_train_ids:
         log.warning("%s: no label id is above 18; are these train ids? Label ids are needed (car is 26)", labels[0])
 
 
@@ -98,6 +99,8 @@ def main():
                     print(data.printable(problem), flush=True)
                 plain += [data.printable(frame.name)] if is_plain else []
                 counts += pixels
+    if plain:
+        print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n", flush=True)
     if problems:
         raise ValueError(f"{args.folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
     frames = data.list_frames(*data_set)
@@ -105,8 +108,6 @@ def main():
     sizes = data.first_few([f"{w}x{h}" for w, h in sorted({frame.size for frame in frames})])
     kind = "" if args.unlabelled else "labelled "
     print(f"{data.printable(args.folder)}: {len(frames)} {kind}frames of {sizes}", flush=True)
-    if plain:
-        print("# Frames of a single colour; --exclude FILE takes these lines:", *plain, sep="\n")
     if counts.any():
         names = frames.classes.names
         for name, pixels in zip([*names, "void"], [*counts[: len(names)], counts[data.VOID]]):

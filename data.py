@@ -214,23 +214,17 @@ def _by_name(root, place, part, depth, suffixes):
 
 
 def _entries_below(root, depth):
-    """Yield what is in a folder and `depth` levels of folders below, as paths relative to it. Raises OSError.
-
-    A linked folder is followed once, so that loops end.
-    """
-
-    def refuse(error):
-        raise error
-
-    visited = set()
-    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        inside, real = Path(parent).relative_to(root), os.path.realpath(parent)
-        if real not in visited:
-            yield from (inside / name for name in (*names, *folders) if not name.startswith("."))
-        if real in visited or len(inside.parts) == depth:
-            folders.clear()
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Yield what is in a folder and `depth` levels of folders below, as paths relative to it. Raises OSError."""
+    folders, visited = [Path()], set()
+    for inside in folders:  # which grows below
+        if (real := os.path.realpath(root / inside)) in visited:  # links are followed, but loops end
+            continue
         visited.add(real)
+        for name in sorted(os.listdir(root / inside)):
+            if not name.startswith("."):
+                yield inside / name
+                if len(inside.parts) < depth and os.path.isdir(root / inside / name):
+                    folders.append(inside / name)
 
 
 def read_names(path):
@@ -404,10 +398,3 @@ def colourise(train_ids, classes=CITYSCAPES):
     """Convert train ids (..., H, W) to the classes' colours (..., 3, H, W) uint8; void is black."""
     palette = np.pad(classes.palette, ((0, 256 - len(classes.palette)), (0, 0)))
     return torch.from_numpy(palette)[train_ids.long()].movedim(-1, -3)
-
-
-if __name__ == "__main__":  # python data.py DIR is python check_data.py DIR
-    import check_data
-    import runtime
-
-    runtime.run_script(check_data.main)

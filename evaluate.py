@@ -13,6 +13,8 @@ it is predicted anywhere; otherwise the two agree. To use the metrics elsewhere,
 
 import logging
 import os
+import tempfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,20 +88,11 @@ def evenly_spaced(items, count):
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
-class Frames(torch.utils.data.Dataset):
-    """Whole frames in order: (3, h, w) uint8 at `width`, and if labelled (H, W) uint8 train ids at the label's own size."""
-
-    def __init__(self, frames, width, classes=data.CITYSCAPES):
-        self.frames, self.width, self.classes = frames, width, classes
-
-    def frame(self, i):
-        return self.frames[i]
-
-    def __getitem__(self, i):
-        frame = self.frames[i]
-        labels = [data.load_label(frame.label, self.classes)] if frame.label else []
-        sample = [data.resize_to_width(data.load_image(frame.image), self.width), *labels]
-        return [part.as_subclass(torch.Tensor) for part in sample]
+def read_frame(frame, width, classes=data.CITYSCAPES):
+    """Frame -> [(3, h, w) uint8 at `width`, and if labelled (H, W) uint8 train ids at the label's own size]."""
+    labels = [data.load_label(frame.label, classes)] if frame.label else []
+    sample = [data.resize_to_width(data.load_image(frame.image), width), *labels]
+    return [part.as_subclass(torch.Tensor) for part in sample]
 
 
 @torch.inference_mode()
@@ -118,7 +111,7 @@ def predictions(segmenter, frames, classes, args, device, precision):
     labels: [(H, W) train ids by `classes`], or [] where the frame has no label.
     """
     indices = [[i] for i in range(len(frames))]  # batches of one, as sizes differ
-    dataset = Frames(frames, segmenter.width, classes)
+    dataset = loading.Frames(frames, partial(read_frame, width=segmenter.width, classes=classes))
     with loading.progress(len(frames), args.segmenter) as bar:
         for i, [(image, *labels)] in enumerate(loading.batches(dataset, indices, args.workers, device, collate=list)):
             yield frames[i], predict(segmenter, image, frames[i].size[::-1], precision), labels
@@ -200,12 +193,6 @@ def add_row(path, row):
         files.write_csv(path, list((read_table(path) | {row["model"]: rounded(row)}).values()))
 
 
-def read_evaluation(path):
-    """RUN/evaluation.json -> (row of table 2, the settings it was made with). Raises ValueError if the file is not one."""
-    settings = files.read_json(path, "row")
-    return settings.pop("row"), settings
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -246,15 +233,15 @@ def main():
         "weights": files.digest(weights),
         "precision": runtime.pick_precision(args.precision, device),
     }
-    is_done = False
-    if args.skip_done and evaluation.is_file():
-        row, previous = read_evaluation(evaluation)
-        is_done = previous == settings and row["model"] == name
+    previous = files.read_json(evaluation, "row") if args.skip_done and evaluation.is_file() else {}
+    is_done = previous | settings == previous and previous["row"]["model"] == name
     if runtime.all_gather(is_done)[0]:  # for all processes the same
         print(f"{name}: already evaluated")
         return
     if runtime.is_first():
-        files.check_writable(args.out.parent if args.out else weights.parent)
+        folder = args.out.parent if args.out else weights.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # an unwritable folder fails now, not after the work
         if args.save_predictions:
             lock = open_predictions(args.save_predictions, weights, settings["precision"], [args.data])  # noqa: F841
     runtime.barrier()  # no process writes a prediction before the folder is checked

@@ -34,7 +34,7 @@ def printable(text):
 def write_whole(path, content):
     """Write bytes to a file, atomically: to a temporary file, through to the disk, then rename.
 
-    Raises OSError, which says how much space is needed and how much is free if the disk is full; an older file stays as it is.
+    Raises OSError naming it; an older file then stays as it is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
@@ -45,24 +45,11 @@ def write_whole(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror
-        if error.errno == errno.ENOSPC:
-            disk = os.statvfs(path.parent)
-            reason += f": {len(content):,} bytes are needed, {disk.f_bavail * disk.f_frsize:,} are free"
-            if disk.f_files and not disk.f_favail:
-                reason += "; no inodes are left"
-        raise OSError(error.errno, reason, str(path)) from error
+        hint = ": no bytes or no inodes are left" if error.errno == errno.ENOSPC else ""
+        raise OSError(error.errno, error.strerror + hint, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # after the rename there is none
             temporary.unlink()
-
-
-def check_writable(folder):
-    """Create a folder and try to write to it, so that an error comes before the work. Raises OSError naming the folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ".writable", bytes(65536))  # more than a table takes
-    (folder / ".writable").unlink(missing_ok=True)
 
 
 def write_left_out(folder, left_out):
@@ -211,10 +198,8 @@ def check_settings(out, saved, settings, may_differ=()):
         if changed.pop(key, None):
             log.warning("%s: %s has changed since it was started", out, _described(key))
     if changed:
-        listed = ", ".join(changed.values())
-        raise ValueError(
-            f"{out}: started with other arguments: {listed}; give another folder, or delete this one to start anew"
-        )
+        remedy = "give another folder, or delete this one to start anew"
+        raise ValueError(f"{out}: started with other arguments: {', '.join(changed.values())}; {remedy}")
 
 
 def _described(key):

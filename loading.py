@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 import traceback
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -24,6 +25,8 @@ log = logging.getLogger("loading")
 KILLED = "a worker process that reads images was killed, most likely for lack of memory: lower --workers or --width"
 PATIENCE = 120  # seconds without a batch after which the log names what is awaited
 _abandoned = []  # iterators of killed workers: their destructors might wait forever for a half-sent batch
+# Tensors pass from workers as arrays, through a pipe: torch's way needs file descriptors and /dev/shm, scarce in containers.
+ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
 
 def stacked(samples):
@@ -33,20 +36,10 @@ def stacked(samples):
     return torch.stack(samples)
 
 
-class _Lines:
-    """A file for tqdm where stderr is no terminal: a line per update, without carriage returns."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-    def flush(self):
-        pass
-
-
 def progress(total, name, initial=0):
-    """A progress bar of the first process; a line every half minute where stderr is no terminal."""
-    file, seconds = (sys.stderr, 0.1) if sys.stderr.isatty() else (_Lines(), 30)
+    """A progress bar of the first process; a line every half minute, without carriage returns, where stderr is no terminal."""
+    lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=lambda: None)
+    file, seconds = (sys.stderr, 0.1) if sys.stderr.isatty() else (lines, 30)
     limits = dict(mininterval=seconds, maxinterval=max(10, seconds))
     return tqdm(total=total, initial=initial, desc=str(name), disable=not runtime.is_first(), file=file, **limits)
 
@@ -98,7 +91,7 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
             awaited = ()
         if isinstance(read, Exception):
             raise read
-        yield read.tensors(device)
+        yield _moved(read, device)
 
 
 def _log_wait(dataset, batch, seconds):
@@ -106,6 +99,19 @@ def _log_wait(dataset, batch, seconds):
     names = [str(part.frame(i).image) for i in batch for part in datasets]
     more = f" or one of {len(names) - 3} more" if names[3:] else ""
     log.error("nothing was read for %.0f s: waiting for %s%s", seconds, ", ".join(names[:3]), more)
+
+
+class Frames(Dataset):
+    """Frames in order: item i is read(frames[i])."""
+
+    def __init__(self, frames, read):
+        self.frames, self.read = frames, read
+
+    def frame(self, i):
+        return self.frames[i]
+
+    def __getitem__(self, i):
+        return self.read(self.frames[i])
 
 
 class _Batches(Dataset):
@@ -116,7 +122,7 @@ class _Batches(Dataset):
 
     def __getitem__(self, batch):
         try:
-            return _Batch(self.collate([self.dataset[i] for i in batch]))
+            return self.collate([self.dataset[i] for i in batch])
         except Exception as error:  # returned without its traceback, which would keep the loader alive
             if runtime.is_out_of_memory(error):  # torch's is a plain RuntimeError
                 return MemoryError(str(error))
@@ -126,23 +132,8 @@ class _Batches(Dataset):
             return RuntimeError("".join(traceback.format_exception(error)))
 
 
-class _Batch:
-    """A batch as arrays, sent through a pipe: tensors need file descriptors and /dev/shm, which are scarce in containers."""
-
-    def __init__(self, parts):
-        self.parts = _map(torch.Tensor, torch.Tensor.numpy, parts)
-
-    def pin_memory(self):  # called by DataLoader, in a thread
-        self.parts = _map(np.ndarray, lambda array: torch.from_numpy(array).pin_memory(), self.parts)
-        return self
-
-    def tensors(self, device):
-        kinds = (np.ndarray, torch.Tensor)  # tensors are pinned
-        return _map(kinds, lambda part: torch.as_tensor(part).to(device, non_blocking=True), self.parts)
-
-
-def _map(kind, function, part):
-    """Nested lists and tuples with function(x) in place of each x of type `kind`."""
+def _moved(part, device):
+    """Nested lists and tuples, with their tensors on `device`."""
     if isinstance(part, (list, tuple)):
-        return [_map(kind, function, inner) for inner in part]
-    return function(part) if isinstance(part, kind) else part
+        return [_moved(inner, device) for inner in part]
+    return part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part

@@ -1,4 +1,4 @@
-"""Losses of CLADA: the GAN loss (equation 1), PatchNCE (equations 2 and 3), L1 and cross entropy.
+"""Losses of CLADA: the GAN loss (equation 1), PatchNCE (equations 2 and 3) and cross entropy.
 
 Self-contained: depends only on torch. Import it; it is not a script.
 
@@ -61,13 +61,6 @@ def patch_nce_loss(query, positive, temperature=0.07):  # Park et al. 2020; not 
         logits = query @ positive.transpose(1, 2) / temperature  # (B, S, C) -> (B, S, S)
     labels = torch.arange(query.shape[1], device=query.device).expand(query.shape[:2])  # the positives are on the diagonal
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def l1_loss(a, b):
-    """Mean absolute difference of two tensors of one shape, else ValueError: CycleGAN's cycle and identity loss."""
-    if a.shape != b.shape:
-        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: must be the same")
-    return (at_least_float32(a) - at_least_float32(b)).abs().mean()
 
 
 def segmentation_loss(logits, labels, ignore=255):

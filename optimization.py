@@ -113,27 +113,20 @@ class GraphedStep:
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.stream is None:
             return self.step(*inputs)
-        if self.calls <= WARM_UP:
-            return self._step_on_stream(inputs)
+        if self.calls <= WARM_UP:  # on the stream on which the graph will be recorded, as CUDA graphs require
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
         if self.graph is None:
-            self._record(inputs)
+            self.inputs, self.graph = [each.clone() for each in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.results = self.step(*self.inputs)
         for kept, new in zip(self.inputs, inputs, strict=True):
             kept.copy_(new)
         self.graph.replay()
         return self.results
-
-    def _step_on_stream(self, inputs):
-        """Step without a graph, on the stream on which the graph will be recorded, as CUDA graphs require."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            results = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return results
-
-    def _record(self, inputs):
-        self.inputs, self.graph = [each.clone() for each in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.results = self.step(*self.inputs)
 
 
 def compile_network(network):

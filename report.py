@@ -19,7 +19,7 @@ import data
 import files
 import results_page
 import runtime
-from evaluate import COLUMNS, MEANS, evenly_spaced, load_segmenter, predict, read_evaluation, rounded
+from evaluate import COLUMNS, MEANS, evenly_spaced, load_segmenter, predict, rounded
 
 # Models -> folders of their runs. Colour transfer, FastCUT and the controls are not in the paper's table 2.
 MODELS = {
@@ -50,13 +50,13 @@ def table1(out):
     """Rows of table 1, one per data set compared with the target: its distance, and the cost of training its translator.
 
     The cost is the median time of a training step and of the wait for its data, in seconds, and the peak memory in MiB.
-    Raises ValueError naming a file whose entries are not numbers.
     """
     numbers = {}
     for model, name in {**SOURCES, **MODELS}.items():
-        distance, cost = out / "distances" / f"{name}.json", out / "translators" / name / "summary.json"
+        distance, summary = out / "distances" / f"{name}.json", out / "translators" / name / "summary.json"
         if distance.is_file():
-            numbers[model] = read_numbers(distance) | (read_numbers(cost, *COST) if cost.is_file() else {})
+            cost = files.read_json(summary, *COST) if summary.is_file() else {}
+            numbers[model] = files.read_json(distance) | {key: cost[key] for key in COST if cost}
     kinds = dict.fromkeys(key for row in numbers.values() for key in row if key not in COST)  # one, unless FID_WEIGHTS changed
     formats = dict.fromkeys(kinds, ".6g") | COST
     return [
@@ -65,31 +65,19 @@ def table1(out):
     ]
 
 
-def read_numbers(path, *keys):
-    """The numbers in a JSON object, {key: number}: all of them, or those of `keys` that it has."""
-    content = files.read_json(path)
-    numbers = {key: content[key] for key in keys or content if key in content}
-    if not all(isinstance(number, (int, float)) for number in numbers.values()):
-        raise ValueError(f"{path}: {', '.join(numbers)} must be numbers")
-    return numbers
-
-
 def table2(out):
     """{model: row} of table 2, the models of the paper first. Raises ValueError for rows that do not belong in one table."""
     rows, first, names = {}, None, {name: model for model, name in MODELS.items()}
     for path in sorted(out.glob("segmenters/*/evaluation.json")):
-        row, settings = read_evaluation(path)
+        settings = files.read_json(path, "row")
+        row = settings["row"]
         row["model"] = names.get(path.parent.name, row["model"])
         frames = settings.get("frames"), settings.get("content")
         first = first or (path, frames)
         if frames != first[1]:
-            raise ValueError(
-                f"{path}: evaluated on other frames than {first[0]}; evaluate both on the same ones, or delete one"
-            )
+            raise ValueError(f"{path}: evaluated on other frames than {first[0]}; evaluate both on the same, or delete one")
         if row["model"] in rows:
-            raise ValueError(
-                f"{path}: the name {row['model']!r} is taken by another run; evaluate one of them with another --name"
-            )
+            raise ValueError(f"{path}: the name {row['model']!r} is taken by another run; evaluate one with another --name")
         rows[row["model"]] = row
     return {model: rows[model] for model in (*MODELS, *rows) if model in rows}
 
@@ -137,7 +125,7 @@ def write_tables(out):
     results, scores, notes = out / "results", table2(out), []
     if rows := table1(out):
         files.write_csv(results / "table1.csv", rows)
-        print_table("Table 1: distance to the target's photographs, and cost of a training step", rows)
+        print_table(results_page.CAPTIONS["table1.csv"], rows)
         print("Source: frames at their own size. Resized: at the translations' width, for comparison with them.")
     else:
         print(f"Table 1 needs {out / INPUTS[0]}: left out")
@@ -149,7 +137,7 @@ def write_tables(out):
     shown, notes = [{c: row[c] for c in ("model", *MEANS)} for row in rows], shut_gate(out)
     for row in shown:
         row["model"] += "*" if notes and row["model"] == "CLADA" else ""
-    print_table("Table 2: scores on the target's val split, percent", shown)
+    print_table(results_page.CAPTIONS["table2.csv"], shown)
     gains = {"more steps": ("control without target", "FastCUT-L5"), "target frames": ("control", "control without target")}
     for what, (better, worse) in (gains | {"the adversary": ("CLADA", "control")}).items():
         if better in scores and worse in scores:
@@ -160,16 +148,15 @@ def write_tables(out):
         print(f"Table 3 needs {', '.join(missing)} in table 2: left out")
         return notes
     files.write_csv(results / "table3.csv", table3(scores))
-    title = "Table 3: IoU gap to the Oracle, and the percentage of it that CLADA (recovered) and the others recover"
-    print_table(title, table3(scores))
+    print_table(results_page.CAPTIONS["table3.csv"], table3(scores))
     return notes
 
 
 def shut_gate(out):
     """A list with one note if the adversary took part in few of CLADA's steps, else an empty one."""
     path = out / "segmenters" / MODELS["CLADA"] / "summary.json"
-    gate = read_numbers(path, "gate_open_steps", "gate_steps") if path.is_file() else {}
-    if len(gate) < 2 or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
+    gate = files.read_json(path) if path.is_file() else {}
+    if "gate_steps" not in gate or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
         return []
     took_part = "{gate_open_steps} of {gate_steps} steps".format(**gate)
     return [f"* CLADA: the adversary took part in {took_part}, so CLADA is effectively its control"]
@@ -221,9 +208,8 @@ def judge_translations(out):
             pair = [data.resize_to_width(image, segmenter.width) for image in (data.load_image(originals[name]), translation)]
             one, two = (predict(segmenter, image, pair[0].shape[-2:]) for image in pair)
             kept.append((one == two).double().mean().item())
-        rows.append(
-            {"model": model, "checkerboard": f"{checkerboard(translations):.2f}", "content_kept": f"{100 * np.mean(kept):.1f}"}
-        )
+        artefacts, kept = f"{checkerboard(translations):.2f}", f"{100 * np.mean(kept):.1f}"
+        rows.append({"model": model, "checkerboard": artefacts, "content_kept": kept})
     if rows and (settings := sorted(out.glob("translators/*/args.json"))):
         target, exclude = data_set(settings[0], "target")
         splits = files.read_json(settings[0], "target_splits")["target_splits"]
@@ -312,17 +298,12 @@ def forecast(out, scale):
         seconds[script] = seconds.get(script, 0) + further * (run["seconds_per_iteration"] + run["wait_seconds"])
         memory[script] = max(memory.get(script, 0), run["peak_memory_mib"])
         disk[script] = disk.get(script, 0) + size_of(path.parent)
-    rows = [(script, seconds[script], memory.get(script), disk.get(script)) for script in seconds]
-    rows.append(("all", sum(seconds.values()), max(memory.values(), default=None), size_of(out)))
-    return [
-        {
-            "script": script,
-            "hours": f"{wall / 3600:.3f}",
-            "peak memory, MiB": "" if peak is None else f"{peak:.0f}",
-            "disk, GiB": "" if size is None else f"{size / 2**30:.2f}",
-        }
-        for script, wall, peak, size in rows
-    ]
+    seconds["all"], memory["all"], disk["all"] = sum(seconds.values()), max(memory.values(), default=0), size_of(out)
+    hours = {script: f"{wall / 3600:.3f}" for script, wall in seconds.items()}
+    mib = {script: f"{peak:.0f}" for script, peak in memory.items()}
+    gib = {script: f"{size / 2**30:.2f}" for script, size in disk.items()}
+    columns = {"hours": hours, "peak memory, MiB": mib, "disk, GiB": gib}
+    return [{"script": script} | {name: cells.get(script, "") for name, cells in columns.items()} for script in seconds]
 
 
 def size_of(folder):
@@ -349,9 +330,7 @@ def main():
         notes = write_tables(out)
         if rows := or_left_out("translations.csv", judge_translations, out):
             files.write_csv(out / "results" / "translations.csv", rows)
-            print_table(
-                "Translations without labels: checkerboard artefacts (1: none), percentage of pixels whose class is kept", rows
-            )
+            print_table(results_page.CAPTIONS["translations.csv"], rows)
         or_left_out("Figure 3", translations_figure, out)
         or_left_out("Figure 4", segmentations_figure, out)
         results_page.write_page(out, notes)

@@ -13,9 +13,9 @@ from PIL import Image
 import files
 
 CAPTIONS = {
-    "table1.csv": "Table 1. Fréchet distance to the target's photographs; median seconds and peak MiB of a training step.",
-    "table2.csv": "Table 2. Scores on the target's val split, in percent: means, and the IoU of each class.",
-    "table3.csv": "Table 3. IoU gap to the Oracle, in points; percentage of it that CLADA (recovered) and the others recover.",
+    "table1.csv": "Table 1: Fréchet distance to the target's photographs; median seconds and peak MiB of a training step.",
+    "table2.csv": "Table 2: scores on the target's val split, in percent: means, and the IoU of each class.",
+    "table3.csv": "Table 3: IoU gap to the Oracle, in points; percentage of it that CLADA (recovered) and the others recover.",
     "translations.csv": "Translations judged without labels: checkerboard artefacts (1: none), % of pixels of unchanged class.",
     "translations.png": "Figure 3. Frames of the source, and what each translator makes of them.",
     "segmentations.png": "Figure 4. Frames of the target's val split, two models' predictions, and the ground truth.",
@@ -84,7 +84,7 @@ def _state(out, runs, logs):
     for run, args in runs.items():
         step = logs[run][-1]["iteration"] if logs[run] else 0
         progress = "" if (run / "weights.pt").is_file() else f" (unfinished: step {step} of {args['iterations']})"
-        made[args["script"]].append(run.name + progress)
+        made.setdefault(args["script"], []).append(run.name + progress)
     for path in sorted(out.glob("translated/*/args.json")):
         done = len([*path.parent.glob("images/[!.]*.png")])
         total = files.read_json(path, "frames_of_source")["frames_of_source"]

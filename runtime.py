@@ -282,12 +282,9 @@ def autocast(device, precision):
 # Processes: under torchrun, each computes its share of every batch
 
 
-TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 def torchrun(name, default):
     """A number that torchrun has set in the environment; the default if torchrun did not start this process."""
-    return int(os.environ[name]) if os.environ.keys() >= set(TORCHRUN) else default
+    return int(os.environ[name]) if dist.is_torchelastic_launched() else default
 
 
 def join_processes(device):

@@ -30,11 +30,8 @@ def parse_args(words=None):
     add("--split", default="train", help="split to use, in the Cityscapes layout (default train)")
     add("--encoder", default="efficientnet-b3", help="efficientnet-b0 to -b7 (default efficientnet-b3)")
     add("--encoder-weights", default="imagenet", metavar="{imagenet,none,FILE}", help="initial weights (default imagenet)")
-    add(
-        "--freeze-iterations",
-        type=runtime.count,
-        help="steps with a frozen encoder (default: a third of --iterations; 0 with --encoder-weights none)",
-    )
+    text = "steps with a frozen encoder (default: a third of --iterations; 0 with --encoder-weights none)"
+    add("--freeze-iterations", type=runtime.count, help=text)
     training.add_arguments(parser, iterations=120_000, batch_size=8, crop_size="512", lr=2e-4)
     args = parser.parse_args(words)
     if args.freeze_iterations is None:
@@ -66,10 +63,9 @@ def main():
         return
     check_frames(frames, args.width, args.crop_size)
     torch.manual_seed(args.seed)
+    weights = None if run.checkpoint.is_file() else weights  # it has the network
     segmenter = synchronise_batchnorm(models.UNet(len(frames.classes.names), args.encoder, weights), run.device)
-    if args.check:  # only now, so that --check also loads the encoder's weights
-        run.print_check()
-        return
+    run.end_check()  # only now, so that --check also loads the encoder's weights
     segmenter.to(run.device, memory_format=torch.channels_last).train()
     optimizer = adam(segmenter.parameters(), lr=args.lr)
     content = partial(models.network_state, segmenter, args.width, frames.classes.rows)

@@ -11,6 +11,7 @@ the paper does not name, are Zhu et al.'s. The same command resumes an unfinishe
 from functools import partial
 
 import torch
+from torch.nn.functional import l1_loss
 from torch.utils.data import StackDataset
 
 import colours
@@ -19,7 +20,7 @@ import models
 import runtime
 import training
 from check_data import check_frames
-from losses import discriminator_loss, gan_loss, l1_loss, patch_nce_loss
+from losses import discriminator_loss, gan_loss, patch_nce_loss
 from optimization import GraphedStep, adam, backward_and_step, constant_then_linear, set_learning_rate, translator_layout
 
 # Variants of equation 4: lambda_X, lambda_Y (the identity term), patches per layer (the paper; released FastCUT has 256).
@@ -233,9 +234,7 @@ def main():
         return
     for frames in (source, target):
         check_frames(frames, args.width, args.crop_size)
-    if args.check:
-        run.print_check()
-        return
+    run.end_check()
     torch.manual_seed(args.seed)
     translation = (CycleTranslation if args.method == "cyclegan" else ContrastiveTranslation)(args, run.device)
     transfer = state = None

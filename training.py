@@ -72,6 +72,7 @@ class Run:
         runtime.join_processes(self.device)
         args.processes, args.script, args.version = runtime.processes(), Path(sys.argv[0]).name, runtime.VERSION
         self.checkpoint = self.out / "checkpoint.pt"
+        self.sample_count = args.iterations * args.batch_size * args.processes  # of the whole run
         if args.compile and args.deterministic:
             raise ValueError("--compile cannot be combined with --deterministic: compiled kernels are chosen by timing them")
         inputs = [getattr(args, name, None) for name in PATHS]
@@ -111,9 +112,11 @@ class Run:
                     files.write_json(self.out / "args.json", current)  # report.py looks there for the data, which have moved
         return is_finished
 
-    def print_check(self):
-        """Report that --check found no problem."""
-        print(f"{self.args.script}: arguments and data are OK ({self.device}, {self.args.precision})")
+    def end_check(self):
+        """With --check, report that no problem was found, and exit."""
+        if self.args.check:
+            print(f"{self.args.script}: arguments and data are OK ({self.device}, {self.args.precision})")
+            sys.exit()
 
     def restore(self, weights, **state):
         """Name the parts of a checkpoint (objects with state_dict and load_state_dict), and load it if there is one.
@@ -166,10 +169,8 @@ class Run:
             except Exception as error:  # a damaged file can raise anything
                 if runtime.is_out_of_memory(error):
                     raise
-                raise ValueError(
-                    f"{self.checkpoint}: not a checkpoint of this run, or log.csv in the same folder is damaged "
-                    f"({type(error).__name__}); delete {self.out} to start anew"
-                ) from error
+                problem = f"not a checkpoint of this run, or log.csv in the same folder is damaged ({type(error).__name__})"
+                raise ValueError(f"{self.checkpoint}: {problem}; delete {self.out} to start anew") from error
 
     def iterations(self, dataset):
         """Yield (iteration, batch on the device) for the remaining steps; log, save, and stop on signals."""
@@ -214,11 +215,6 @@ class Run:
         if is_last or self.iteration % self.args.save_every == 0:
             self.save()
 
-    @property
-    def sample_count(self):
-        """Samples in the whole run: iterations x batch size x processes."""
-        return self.args.iterations * self.args.batch_size * runtime.processes()
-
     def log(self, losses, grid=None, **values):
         """Log a step.
 
@@ -233,7 +229,9 @@ class Run:
         done = self.iteration + 1
         if grid and runtime.is_first() and (done % self.args.save_every == 0 or done == self.args.iterations):
             self.clock.enter("other")
-            columns = {title: (images.detach().float().cpu().clamp(0, 1) * 255).byte() for title, images in grid().items()}
+            columns = {
+                title: (images.detach().float().cpu().clamp(0, 1) * 255).round().byte() for title, images in grid().items()
+            }
             rows = list(zip(*columns.values(), strict=True))[:8]
             files.write_figure(self.out / "samples" / f"{done:07d}.png", list(columns), rows)
 
@@ -245,11 +243,9 @@ class Run:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
         seconds, wait = self.clock.read()
         peak = f"{optimization.peak_memory_mib(self.device):.0f}"
-        self.rows.append(
-            {"iteration": self.iteration}
-            | {name: f"{value:.6g}" for name, value in (means | self.values).items()}
-            | {"seconds_per_iteration": f"{seconds:.5f}", "wait_seconds": f"{wait:.5f}", "peak_memory_mib": peak}
-        )
+        row = {name: f"{value:.6g}" for name, value in (means | self.values).items()}
+        cost = {"seconds_per_iteration": f"{seconds:.5f}", "wait_seconds": f"{wait:.5f}", "peak_memory_mib": peak}
+        self.rows.append({"iteration": self.iteration} | row | cost)
         if runtime.is_first():
             files.write_csv(self.out / "log.csv", self.rows)
         self.sums, self.steps_summed = {}, 0
@@ -261,10 +257,8 @@ class Run:
         bad = runtime.all_gather(optimization.not_finite(state | {"loss": self.sums}))
         if names := list(dict.fromkeys(name for each in bad for name in each)):
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-            raise FloatingPointError(
-                f"{self.out}: diverged before iteration {self.iteration}: {listed} not finite; the last checkpoint is kept. "
-                "A lower --lr may help: delete the folder, or give another --out"
-            )
+            problem = f"diverged before iteration {self.iteration}: {listed} not finite; the last checkpoint is kept"
+            raise FloatingPointError(f"{self.out}: {problem}. Try a lower --lr, in another --out or after deleting this one")
         return state
 
     def save(self):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 import colours
 import data
@@ -57,28 +56,18 @@ def parse_args():
     return args
 
 
-class ResizedPairs(Dataset):
-    """Frame i -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`.
+def read_pair(frame, width, classes, transfer, cache):
+    """Frame -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`.
 
     transfer: a colours.ColourTransfer that the image goes through, or None. cache: as for data.load_at_width.
     """
-
-    def __init__(self, frames, width, transfer, cache):
-        self.frames, self.width, self.transfer, self.cache = frames, width, transfer, cache
-        self.load_label_ids = partial(data.load_label_ids, classes=frames.classes)
-
-    def frame(self, i):
-        return self.frames[i]
-
-    def __getitem__(self, i):
-        frame = self.frames[i]
-        image = data.load_at_width(frame.image, self.width, cache=self.cache).as_subclass(torch.Tensor)
-        if self.transfer:
-            image = self.transfer(frame.name, image)
-        if frame.label is None:
-            return frame.name, image, None
-        ids = data.load_at_width(frame.label, self.width, self.load_label_ids, self.cache)
-        return frame.name, image, ids.as_subclass(torch.Tensor)
+    image = data.load_at_width(frame.image, width, cache=cache).as_subclass(torch.Tensor)
+    if transfer:
+        image = transfer(frame.name, image)
+    if frame.label is None:
+        return frame.name, image, None
+    ids = data.load_at_width(frame.label, width, partial(data.load_label_ids, classes=classes), cache)
+    return frame.name, image, ids.as_subclass(torch.Tensor)
 
 
 @torch.inference_mode()
@@ -101,6 +90,8 @@ def open_out(args, settings, frames):
     for part in parts(args):
         (args.out / part).mkdir(exist_ok=True)
     if runtime.is_first():
+        if not is_finished:
+            (args.out / data.UNFINISHED).touch()
         files.clear_parts(args.out)
         files.write_json(args.out / "args.json", settings)
         if frames.classes is not data.CITYSCAPES:
@@ -133,7 +124,8 @@ def translate_batches(translator, frames, batches, args):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, files.image_bytes(Image.fromarray(fake.numpy()), compress_level=1))
 
-    pairs = ResizedPairs(frames, translator.width, translator.transfer, args.cache)
+    options = dict(width=translator.width, classes=frames.classes, transfer=translator.transfer, cache=args.cache)
+    pairs = loading.Frames(frames, partial(read_pair, **options))
     with loading.progress(sum(map(len, batches)), args.out) as bar, files.writers(WRITERS) as submit:
         for batch in loading.batches(pairs, batches, args.workers, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
@@ -149,7 +141,12 @@ def load_translator(args, exclude, device, precision):
     if args.colours_of:
         photographs = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude)
         transfer = colours.ColourTransfer(colours.photograph_statistics(photographs, args.width), args.seed)
-        return Translator(lambda images: images, transfer, args.width, f"{photographs.fingerprint()}, seed {args.seed}")
+        return Translator(
+            lambda images: images,
+            transfer,
+            args.width,
+            f"{photographs.fingerprint()}, {photographs.content()}, seed {args.seed}",
+        )
     weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
     G = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
     transfer = colours.ColourTransfer(**G.colours) if G.colours else None
@@ -196,8 +193,6 @@ def main():
     count = sum(frame.name in done for frame in frames)
     where = runtime.describe(device, precision)
     log.info("%s: %s; %d frames, %d already translated", args.out, where, len(frames), count)
-    if runtime.is_first() and count < len(frames):
-        (args.out / data.UNFINISHED).touch()
     if own:
         translate_batches(translator, frames, own, args)
     runtime.barrier()

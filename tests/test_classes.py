@@ -97,7 +97,7 @@ def test_a_table_survives_the_way_to_a_worker(own):
 def test_a_table_that_is_wrong_is_one_line(own, tmp_path, text, message):
     shutil.copytree(own / "source", tmp_path / "source")
     (tmp_path / "source" / "classes.csv").write_text(text)
-    result = script("data.py", tmp_path / "source")
+    result = script("check_data.py", tmp_path / "source")
     assert result.returncode == 2 and "classes.csv" in result.stderr and message in result.stderr
     assert result.stderr.count("\n") == 1
 

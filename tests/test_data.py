@@ -543,10 +543,13 @@ def test_frames_of_a_single_colour_are_listed_in_the_form_that_exclude_takes(tmp
     root = write_gta5(tmp_path / "set", [(20, 30), (24, 40), (20, 30)])
     Image.new("RGB", (30, 20), (0, 0, 9)).save(root / "images" / "00002.png")
     status, out, err = command(monkeypatch, capsys, root, "--check-data", "--unlabelled")
-    assert (status, err) == (0, "") and out.splitlines()[2:] == ["00002"]
-    (tmp_path / "list").write_text(out.split("\n", 1)[1])
+    assert (status, err) == (0, "") and out.splitlines()[1:] == ["00002", f"{root}: 3 frames of 30x20, 40x24"]
+    (tmp_path / "list").write_text(out.rsplit("\n", 2)[0])
     frames = data.list_frames(root, exclude=data.read_names(tmp_path / "list"))
     assert [frame.name for frame in frames] == ["00000", "00001"]
+    (root / "images" / "00001.png").write_bytes(b"")
+    status, again, err = command(monkeypatch, capsys, root, "--check-data", "--unlabelled")
+    assert status == 2 and again.splitlines()[1:] == out.splitlines()[:2] and err.endswith("set: 1 problem\n")
 
 
 def test_the_command_describes_a_sound_data_set(tmp_path, monkeypatch, capsys, caplog):
@@ -568,7 +571,7 @@ def test_the_command_keeps_to_its_streams(tmp_path):
     root = write_gta5(tmp_path / "set", [(20, 30)] * 2)
     (root / "images" / "00001.png").write_bytes(b"")
     (tmp_path / "exclude.txt").write_text("00001.png\n")
-    line = [sys.executable, data.__file__, root, "--exclude", tmp_path / "exclude.txt"]
+    line = [sys.executable, check_data.__file__, root, "--exclude", tmp_path / "exclude.txt"]
     result = subprocess.run(line, capture_output=True, text=True, check=False)
     expected = (0, f"{root}: 1 labelled frames of 30x20\n", f"{root}: 1 excluded: 00001\n")
     assert (result.returncode, result.stdout, result.stderr) == expected
@@ -763,12 +766,15 @@ def test_an_invalid_orientation_is_ignored(tmp_path, tag):
     assert data.load_image(tmp_path / "x.jpg").shape == (3, 32, 48)
 
 
-def test_train_ids_instead_of_label_ids_cause_a_warning(tmp_path, caplog):
+def test_train_ids_instead_of_label_ids_cause_a_warning(tmp_path, caplog, monkeypatch):
     root = write_gta5(tmp_path, [(20, 30)] * 2)
     for path in (root / "labels").iterdir():
         Image.fromarray(np.tile(np.array([0, 8, 13, 255], np.uint8), (20, 8))[:, :30]).save(path)
-    check_data.check_frames(data.list_frames(root))
-    assert "are these train ids?" in caplog.text
+    frames, read, load = data.list_frames(root), [], data.load_label_ids
+    monkeypatch.setattr(data, "load_label_ids", lambda path, *classes: read.append(path) or load(path, *classes))
+    frames *= 80
+    check_data.check_frames(frames)
+    assert "are these train ids?" in caplog.text and len(read) == 100  # not those of a whole data set
 
 
 def test_a_label_must_be_png(tmp_path):

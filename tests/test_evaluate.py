@@ -172,7 +172,7 @@ def test_a_row_is_in_percent_with_empty_cells_for_absent_classes():
 
 def test_frames_resize_the_image_and_keep_the_labels_size(run):
     frame = data.list_frames(run.parent / "frames")[1]
-    image, label = evaluate.Frames([frame], 30)[0]
+    image, label = evaluate.read_frame(frame, 30)
     assert torch.equal(image, data.resize_to_width(data.load_image(frame.image), 30)) and image.shape == (3, 15, 30)
     assert torch.equal(label, data.load_label(frame.label)) and label.shape == (24, 48)
 
@@ -276,5 +276,3 @@ def test_an_evaluation_that_is_damaged_is_refused_by_name(call, run, content):
     (run / "evaluation.json").write_text(content)
     with pytest.raises(ValueError, match=r"evaluation\.json: "):
         call("--skip-done")
-    (run / "evaluation.json").write_text(json.dumps({"row": ROW, "frames": "1 frames"}))
-    assert evaluate.read_evaluation(run / "evaluation.json") == (ROW, {"frames": "1 frames"})

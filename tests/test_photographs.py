@@ -114,6 +114,19 @@ def test_the_colour_transfer_is_reinhard_et_als(photos, tmp_path):
         assert min(distances) < 5 and len(distances) == 2  # values outside of 0 to 255 are clipped
 
 
+def test_the_colours_of_replaced_photographs_are_not_mixed_with_the_old_ones(photos, tmp_path):
+    target = shutil.copytree(photos / "deep", tmp_path / "target")
+    words = ["--unlabelled", "--source", photos, "--colours-of", target, "--width", 48]
+    words += ["--device", "cpu", "--out", tmp_path / "a"]
+    assert script("translate_dataset.py", *words).returncode == 0
+    assert "finished" in script("translate_dataset.py", *words).stdout
+    path = data.list_frames(target, labelled=False)[0].image
+    image = np.array(Image.open(path))
+    Image.fromarray(image // 2).save(path)
+    result = script("translate_dataset.py", *words)
+    assert result.returncode == 2 and "started with other arguments: the weights (was" in result.stderr
+
+
 def test_a_translator_that_starts_from_the_colour_transfer(photos, tmp_path):
     """Stage 2 applies what is in weights.pt: the transfer to the target's colours, then G, which adds to it."""
     words = ["--method", "fastcut_l5", "--colour-transfer", "--base-channels", 4, "--width", 48, "--crop-size", 32]

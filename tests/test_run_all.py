@@ -256,8 +256,8 @@ def lively_segmenter(everything, pair, tmp_path):
     """A run whose network, unlike one of two steps, predicts many classes: large weights, fresh statistics, no favourites."""
     shutil.copytree(everything[0] / "segmenters" / "oracle", tmp_path / "lively")
     network = models.load_network(tmp_path / "lively" / "weights.pt").train()
-    frames = evaluate.Frames(data.list_frames(pair / "target", "val"), 128)
-    photos = torch.stack([data.to_unit(frames[i][0]) for i in range(2)])
+    frames = data.list_frames(pair / "target", "val")[:2]
+    photos = torch.stack([data.to_unit(evaluate.read_frame(frame, 128)[0]) for frame in frames])
     with torch.no_grad():
         for _ in range(20):
             network(photos)
