@@ -52,7 +52,7 @@ def check_frames(frames, width=None, crop=None):
         ids.update(data.load_label_ids(label, frames.classes).unique().tolist())
         is_void = all(frames.classes.train_ids[i] == data.VOID for i in ids)
         are_train_ids = frames.classes is data.CITYSCAPES and not ids & {*range(19, 34)}
-        if not is_void and (not are_train_ids or count == 100):
+        if not is_void and (not are_train_ids or count >= 100):
             break
     if labels and is_void:  # such as Cityscapes' test split
         raise ValueError(f"{labels[0]}: all void, as are all {len(labels)} labels; label ids are needed")

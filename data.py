@@ -220,11 +220,14 @@ def _entries_below(root, depth):
         if (real := os.path.realpath(root / inside)) in visited:  # links are followed, but loops end
             continue
         visited.add(real)
-        for name in sorted(os.listdir(root / inside)):
-            if not name.startswith("."):
-                yield inside / name
-                if len(inside.parts) < depth and os.path.isdir(root / inside / name):
-                    folders.append(inside / name)
+        with os.scandir(root / inside) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            if not entry.name.startswith("."):
+                yield inside / entry.name
+                is_link = entry.is_symlink()  # entry.is_dir() would fail on a link to itself
+                if len(inside.parts) < depth and (os.path.isdir(entry.path) if is_link else entry.is_dir()):
+                    folders.append(inside / entry.name)
 
 
 def read_names(path):

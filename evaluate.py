@@ -13,7 +13,6 @@ it is predicted anywhere; otherwise the two agree. To use the metrics elsewhere,
 
 import logging
 import os
-import tempfile
 from functools import partial
 
 import numpy as np
@@ -241,7 +240,8 @@ def main():
     if runtime.is_first():
         folder = args.out.parent if args.out else weights.parent
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # an unwritable folder fails now, not after the work
+        files.write_whole(folder / ".writable", bytes(65536))  # a full disk fails now, not after the work
+        (folder / ".writable").unlink(missing_ok=True)
         if args.save_predictions:
             lock = open_predictions(args.save_predictions, weights, settings["precision"], [args.data])  # noqa: F841
     runtime.barrier()  # no process writes a prediction before the folder is checked

@@ -25,8 +25,15 @@ log = logging.getLogger("loading")
 KILLED = "a worker process that reads images was killed, most likely for lack of memory: lower --workers or --width"
 PATIENCE = 120  # seconds without a batch after which the log names what is awaited
 _abandoned = []  # iterators of killed workers: their destructors might wait forever for a half-sent batch
-# Tensors pass from workers as arrays, through a pipe: torch's way needs file descriptors and /dev/shm, scarce in containers.
-ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
+
+
+def _start_worker(_):
+    """Worker init. Tensors leave as arrays, by a pipe: torch's way needs file descriptors and /dev/shm, scarce in containers.
+
+    It holds for torch.Tensor itself, not for subclasses.
+    """
+    runtime.serve_parent()
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
 
 
 def stacked(samples):
@@ -60,7 +67,7 @@ def batches(dataset, indices, workers, device="cpu", collate=stacked):
         num_workers=workers,
         multiprocessing_context=runtime.CONTEXT if workers else None,
         pin_memory=torch.device(device).type == "cuda",
-        worker_init_fn=runtime.serve_parent,
+        worker_init_fn=_start_worker,
     )
     before = set(multiprocessing.active_children())
     iterator = iter(loader)

@@ -55,8 +55,8 @@ def table1(out):
     for model, name in {**SOURCES, **MODELS}.items():
         distance, summary = out / "distances" / f"{name}.json", out / "translators" / name / "summary.json"
         if distance.is_file():
-            cost = files.read_json(summary, *COST) if summary.is_file() else {}
-            numbers[model] = files.read_json(distance) | {key: cost[key] for key in COST if cost}
+            cost = files.read_json(summary) if summary.is_file() else {}
+            numbers[model] = files.read_json(distance) | {key: cost[key] for key in COST if key in cost}
     kinds = dict.fromkeys(key for row in numbers.values() for key in row if key not in COST)  # one, unless FID_WEIGHTS changed
     formats = dict.fromkeys(kinds, ".6g") | COST
     return [
@@ -137,7 +137,7 @@ def write_tables(out):
     shown, notes = [{c: row[c] for c in ("model", *MEANS)} for row in rows], shut_gate(out)
     for row in shown:
         row["model"] += "*" if notes and row["model"] == "CLADA" else ""
-    print_table(results_page.CAPTIONS["table2.csv"], shown)
+    print_table("Table 2: scores on the target's val split, percent", shown)
     gains = {"more steps": ("control without target", "FastCUT-L5"), "target frames": ("control", "control without target")}
     for what, (better, worse) in (gains | {"the adversary": ("CLADA", "control")}).items():
         if better in scores and worse in scores:
@@ -156,7 +156,7 @@ def shut_gate(out):
     """A list with one note if the adversary took part in few of CLADA's steps, else an empty one."""
     path = out / "segmenters" / MODELS["CLADA"] / "summary.json"
     gate = files.read_json(path) if path.is_file() else {}
-    if "gate_steps" not in gate or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
+    if not {"gate_steps", "gate_open_steps"} <= gate.keys() or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
         return []
     took_part = "{gate_open_steps} of {gate_steps} steps".format(**gate)
     return [f"* CLADA: the adversary took part in {took_part}, so CLADA is effectively its control"]

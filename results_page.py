@@ -16,7 +16,7 @@ CAPTIONS = {
     "table1.csv": "Table 1: Fréchet distance to the target's photographs; median seconds and peak MiB of a training step.",
     "table2.csv": "Table 2: scores on the target's val split, in percent: means, and the IoU of each class.",
     "table3.csv": "Table 3: IoU gap to the Oracle, in points; percentage of it that CLADA (recovered) and the others recover.",
-    "translations.csv": "Translations judged without labels: checkerboard artefacts (1: none), % of pixels of unchanged class.",
+    "translations.csv": "Translations without labels: checkerboard artefacts (1: none), % of pixels whose class is kept.",
     "translations.png": "Figure 3. Frames of the source, and what each translator makes of them.",
     "segmentations.png": "Figure 4. Frames of the target's val split, two models' predictions, and the ground truth.",
 }

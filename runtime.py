@@ -282,9 +282,13 @@ def autocast(device, precision):
 # Processes: under torchrun, each computes its share of every batch
 
 
+# A launcher may leave some of these to processes that it did not start, but not all.
+TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
 def torchrun(name, default):
     """A number that torchrun has set in the environment; the default if torchrun did not start this process."""
-    return int(os.environ[name]) if dist.is_torchelastic_launched() else default
+    return int(os.environ[name]) if TORCHRUN <= os.environ.keys() else default
 
 
 def join_processes(device):

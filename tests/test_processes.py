@@ -292,3 +292,8 @@ def test_run_all_in_two_processes(pair, tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(table(tmp_path / "results" / "table2.csv")) == 6
     assert all(json.loads(path.read_text())["processes"] == 2 for path in tmp_path.glob("*ers/*/args.json"))
+
+
+def test_what_a_launcher_has_left_in_the_environment_does_not_join_processes(tmp_path):
+    result = script("check_data.py", tmp_path / "gone", TORCHELASTIC_RUN_ID="none", RANK="1")
+    assert (result.returncode, result.stderr) == (2, f"check_data.py: {tmp_path}/gone: no such folder\n")
