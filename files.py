@@ -45,7 +45,7 @@ def write_whole(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        hint = f": {len(content):,} bytes and an inode are needed" if error.errno == errno.ENOSPC else ""
+        hint = f": {len(content):,} bytes are needed, or no inodes are left" if error.errno == errno.ENOSPC else ""
         raise OSError(error.errno, error.strerror + hint, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # after the rename there is none
