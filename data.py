@@ -401,3 +401,7 @@ def colourise(train_ids, classes=CITYSCAPES):
     """Convert train ids (..., H, W) to the classes' colours (..., 3, H, W) uint8; void is black."""
     palette = np.pad(classes.palette, ((0, 256 - len(classes.palette)), (0, 0)))
     return torch.from_numpy(palette)[train_ids.long()].movedim(-1, -3)
+
+
+if __name__ == "__main__":
+    raise SystemExit("data.py is not a script: use check_data.py DIR")

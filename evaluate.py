@@ -233,7 +233,7 @@ def main():
         "precision": runtime.pick_precision(args.precision, device),
     }
     previous = files.read_json(evaluation, "row") if args.skip_done and evaluation.is_file() else {}
-    is_done = previous | settings == previous and previous["row"]["model"] == name
+    is_done = settings.items() <= previous.items() and previous["row"]["model"] == name
     if runtime.all_gather(is_done)[0]:  # for all processes the same
         print(f"{name}: already evaluated")
         return

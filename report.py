@@ -50,19 +50,28 @@ def table1(out):
     """Rows of table 1, one per data set compared with the target: its distance, and the cost of training its translator.
 
     The cost is the median time of a training step and of the wait for its data, in seconds, and the peak memory in MiB.
+    Raises ValueError naming a file whose entries are not numbers.
     """
     numbers = {}
     for model, name in {**SOURCES, **MODELS}.items():
-        distance, summary = out / "distances" / f"{name}.json", out / "translators" / name / "summary.json"
+        distance, cost = out / "distances" / f"{name}.json", out / "translators" / name / "summary.json"
         if distance.is_file():
-            cost = files.read_json(summary) if summary.is_file() else {}
-            numbers[model] = files.read_json(distance) | {key: cost[key] for key in COST if key in cost}
+            numbers[model] = read_numbers(distance) | (read_numbers(cost, *COST) if cost.is_file() else {})
     kinds = dict.fromkeys(key for row in numbers.values() for key in row if key not in COST)  # one, unless FID_WEIGHTS changed
     formats = dict.fromkeys(kinds, ".6g") | COST
     return [
         {"model": model} | {column: format(row[column], spec) if column in row else "" for column, spec in formats.items()}
         for model, row in numbers.items()
     ]
+
+
+def read_numbers(path, *keys):
+    """The numbers in a JSON object, {key: number}: all of them, or those of `keys` that it has. Raises ValueError naming it."""
+    content = files.read_json(path)
+    numbers = {key: content[key] for key in keys or content if key in content}
+    if not all(isinstance(number, (int, float)) for number in numbers.values()):
+        raise ValueError(f"{path}: {', '.join(numbers)} must be numbers")
+    return numbers
 
 
 def table2(out):
@@ -155,8 +164,8 @@ def write_tables(out):
 def shut_gate(out):
     """A list with one note if the adversary took part in few of CLADA's steps, else an empty one."""
     path = out / "segmenters" / MODELS["CLADA"] / "summary.json"
-    gate = files.read_json(path) if path.is_file() else {}
-    if not {"gate_steps", "gate_open_steps"} <= gate.keys() or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
+    gate = read_numbers(path, "gate_open_steps", "gate_steps") if path.is_file() else {}
+    if len(gate) < 2 or gate["gate_open_steps"] >= LEAST_OPEN * gate["gate_steps"]:
         return []
     took_part = "{gate_open_steps} of {gate_steps} steps".format(**gate)
     return [f"* CLADA: the adversary took part in {took_part}, so CLADA is effectively its control"]

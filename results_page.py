@@ -17,8 +17,8 @@ CAPTIONS = {
     "table2.csv": "Table 2: scores on the target's val split, in percent: means, and the IoU of each class.",
     "table3.csv": "Table 3: IoU gap to the Oracle, in points; percentage of it that CLADA (recovered) and the others recover.",
     "translations.csv": "Translations without labels: checkerboard artefacts (1: none), % of pixels whose class is kept.",
-    "translations.png": "Figure 3. Frames of the source, and what each translator makes of them.",
-    "segmentations.png": "Figure 4. Frames of the target's val split, two models' predictions, and the ground truth.",
+    "translations.png": "Figure 3: frames of the source, and what each translator makes of them.",
+    "segmentations.png": "Figure 4: frames of the target's val split, two models' predictions, and the ground truth.",
 }
 LOWER_IS_BETTER = ("FID", "frechet", "seconds", "wait", "peak", "checkerboard")  # starts of columns
 NOT_RANKED = ("Source", "Source, resized", "Source Only", "Oracle", "Target")  # rows: bounds and references

@@ -230,7 +230,7 @@ class Run:
         if grid and runtime.is_first() and (done % self.args.save_every == 0 or done == self.args.iterations):
             self.clock.enter("other")
             columns = {
-                title: (images.detach().float().cpu().clamp(0, 1) * 255).round().byte() for title, images in grid().items()
+                title: (255 * image.detach().float().cpu().clamp(0, 1)).round().byte() for title, image in grid().items()
             }
             rows = list(zip(*columns.values(), strict=True))[:8]
             files.write_figure(self.out / "samples" / f"{done:07d}.png", list(columns), rows)

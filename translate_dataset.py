@@ -141,12 +141,8 @@ def load_translator(args, exclude, device, precision):
     if args.colours_of:
         photographs = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude)
         transfer = colours.ColourTransfer(colours.photograph_statistics(photographs, args.width), args.seed)
-        return Translator(
-            lambda images: images,
-            transfer,
-            args.width,
-            f"{photographs.fingerprint()}, {photographs.content()}, seed {args.seed}",
-        )
+        content = f"{photographs.fingerprint()}, {photographs.content()}, seed {args.seed}"
+        return Translator(lambda images: images, transfer, args.width, content)
     weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
     G = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
     transfer = colours.ColourTransfer(**G.colours) if G.colours else None

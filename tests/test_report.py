@@ -180,8 +180,9 @@ def test_distances_of_several_kinds_get_a_column_each(out, call):
 
 
 @pytest.mark.parametrize("path", ["distances/cut.json", "translators/cut/summary.json"])
-def test_damaged_numbers_are_refused_by_name(out, call, path):
-    (out / path).write_text("")
+@pytest.mark.parametrize("content", ["", '{"FID": "low", "peak_memory_mib": null}'])
+def test_damaged_numbers_are_refused_by_name(out, call, path, content):
+    (out / path).write_text(content)
     with pytest.raises(ValueError, match=path):
         call(out)
 
