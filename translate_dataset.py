@@ -28,9 +28,10 @@ from check_data import check_frames, list_images
 
 log = logging.getLogger("translate_dataset")
 WRITERS = runtime.default_workers()  # threads that encode PNG files; a GPU translates faster than one of them encodes
-# translate: images (B, 3, h, w) uint8 -> the same; transfer: a ColourTransfer applied first, or None; width: of frames, in
-# pixels; content: identifies both in args.json.
-Translator = namedtuple("Translator", "translate transfer width content")
+COMPRESSION = 1  # of PNG files: much faster than the default, and the files are little larger
+# translate: images (B, 3, h, w) uint8 on `device` -> the same; transfer: a ColourTransfer applied first, or None; width: of
+# frames, in pixels; content: identifies both in args.json.
+Translator = namedtuple("Translator", "translate transfer width content device")
 
 
 def parse_args():
@@ -57,7 +58,7 @@ def parse_args():
 
 
 def read_pair(frame, width, classes, transfer, cache):
-    """Frame -> (name, image (3, h, w) uint8, label ids (h, w) uint8 or None), both resized to `width`.
+    """Frame -> (name, image (3, h, w) uint8, label ids as the bytes of a PNG, or None), both resized to `width`.
 
     transfer: a colours.ColourTransfer that the image goes through, or None. cache: as for data.load_at_width.
     """
@@ -67,7 +68,9 @@ def read_pair(frame, width, classes, transfer, cache):
     if frame.label is None:
         return frame.name, image, None
     ids = data.load_at_width(frame.label, width, partial(data.load_label_ids, classes=classes), cache)
-    return frame.name, image, ids.as_subclass(torch.Tensor)
+    label = Image.fromarray(ids.numpy())
+    label.putpalette(classes.colours.tobytes())
+    return frame.name, image, bytes(files.image_bytes(label, compress_level=COMPRESSION))
 
 
 @torch.inference_mode()
@@ -115,19 +118,17 @@ def translate_batches(translator, frames, batches, args):
     """Translate batches, sequences of indices into frames, and write images and labels; threads encode the PNGs meanwhile."""
 
     def write(name, fake, label):
-        # Level 1 is much faster than the default, and the files are little larger.
         if label is not None:
-            label = Image.fromarray(label.numpy())
-            label.putpalette(frames.classes.colours.tobytes())
-            files.write_whole(args.out / "labels" / f"{name}.png", files.image_bytes(label, compress_level=1))
+            files.write_whole(args.out / "labels" / f"{name}.png", label)
         path = args.out / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, files.image_bytes(Image.fromarray(fake.numpy()), compress_level=1))
+        image = Image.fromarray(fake.cpu().numpy())  # the thread waits for the GPU, so that main() need not
+        files.write_whole(path, files.image_bytes(image, compress_level=COMPRESSION))
 
     options = dict(width=translator.width, classes=frames.classes, transfer=translator.transfer, cache=args.cache)
     pairs = loading.Frames(frames, partial(read_pair, **options))
     with loading.progress(sum(map(len, batches)), args.out) as bar, files.writers(WRITERS) as submit:
-        for batch in loading.batches(pairs, batches, args.workers, collate=list):  # sizes may differ
+        for batch in loading.batches(pairs, batches, args.workers, translator.device, collate=list):  # sizes may differ
             for _, group in itertools.groupby(batch, key=lambda item: item[1].shape):
                 names, images, labels = zip(*group, strict=True)
                 translated = translator.translate(torch.stack(images)).permute(0, 2, 3, 1)
@@ -142,11 +143,11 @@ def load_translator(args, exclude, device, precision):
         photographs = data.list_frames(args.colours_of, args.target_splits, labelled=False, exclude=exclude)
         transfer = colours.ColourTransfer(colours.photograph_statistics(photographs, args.width), args.seed)
         content = f"{photographs.fingerprint()}, {photographs.content()}, seed {args.seed}"
-        return Translator(lambda images: images, transfer, args.width, content)
+        return Translator(lambda images: images, transfer, args.width, content, torch.device("cpu"))
     weights, autocast = files.finished(args.translator, "--translator"), runtime.autocast(device, precision)
     G = models.load_network(weights, models.ResnetGenerator, device).to(memory_format=torch.channels_last)
     transfer = colours.ColourTransfer(**G.colours) if G.colours else None
-    return Translator(lambda images: translate(G, images.to(device), autocast).cpu(), transfer, G.width, files.digest(weights))
+    return Translator(lambda images: translate(G, images, autocast), transfer, G.width, files.digest(weights), device)
 
 
 def main():
