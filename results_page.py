@@ -32,7 +32,7 @@ PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><t
 @media (prefers-color-scheme: dark) { :root { --page: #0d1117; --text: #e6edf3; --line: #3d444d; --best: #14472a } }
 body { margin: auto; max-width: 1100px; padding: 1rem; font: 16px/1.5 sans-serif; background: var(--page); color: var(--text) }
 body { overflow-wrap: anywhere } h2 { margin: 2rem 0 1rem; border-bottom: 1px solid var(--line) } pre { white-space: pre-wrap }
-dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: .3rem 1rem } dd { margin: 0 } dt { opacity: .7 }
+dl { display: grid; grid-template-columns: fit-content(50%) 1fr; gap: .3rem 1rem } dd { margin: 0 } dt { opacity: .7 }
 figure { margin: 0 0 1.5rem } figcaption { padding: .3rem 0; font-size: .9rem } span { display: inline-block }
 .box { overflow-x: auto } table { border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .65rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
