@@ -94,7 +94,7 @@ def load_optimizer(optimizer, state):
 class GraphedStep:
     """A training step that one GPU replays as a CUDA graph.
 
-    At batch 1 a step is about a thousand kernels of a few microseconds each, and Python launches them several times more
+    At batch 1 a step is a thousand kernels or more of a few microseconds each, and Python launches them several times more
     slowly than the GPU runs them. After WARM_UP calls the kernels are recorded once; further calls replay them.
 
     step: takes tensors, always of the same shapes, and returns tensors, alone or in tuples and dicts. Whatever changes from

@@ -122,7 +122,7 @@ def translate_batches(translator, frames, batches, args):
             files.write_whole(args.out / "labels" / f"{name}.png", label)
         path = args.out / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(fake.cpu().numpy())  # the thread waits for the GPU, so that main() need not
+        image = Image.fromarray(fake.cpu().numpy())  # waits for the GPU, so that the main thread need not
         files.write_whole(path, files.image_bytes(image, compress_level=COMPRESSION))
 
     options = dict(width=translator.width, classes=frames.classes, transfer=translator.transfer, cache=args.cache)

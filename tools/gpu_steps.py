@@ -205,15 +205,13 @@ def plain_pad(x, n):
 
 
 def pad_backward_without_second_copy(ctx, gradient):
-    n, inner = ctx.n, None
-    for dim in (2, 3):
-        size = gradient.shape[dim] - 2 * n
-        part = gradient if inner is None else inner
-        inner = part.narrow(dim, n, size)
-        if dim == 2:
-            inner = inner.clone(memory_format=torch.channels_last)
+    """ReflectPad2d.backward, but columns are added in place, and the result is a view of rows that are still padded."""
+    n, (height, width) = ctx.n, (size - 2 * ctx.n for size in gradient.shape[2:])
+    rows = gradient.narrow(2, n, height).clone(memory_format=torch.channels_last)
+    inner = rows.narrow(3, n, width)
+    for part, padded, dim, size in ((rows, gradient, 2, height), (inner, rows, 3, width)):
         for start, padding in ((1, 0), (size - 1 - n, n + size)):
-            inner.narrow(dim, start, n).add_(part.narrow(dim, padding, n).flip(dim))
+            part.narrow(dim, start, n).add_(padded.narrow(dim, padding, n).flip(dim))
     return inner, None
 
 
