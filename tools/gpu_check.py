@@ -9,7 +9,7 @@ Parts, most important first:
     B  run_all.sh at a small scale, twice: the second run must skip everything
     C  stopped, killed and resumed runs against unbroken ones, also between CPU and device; two processes; NCCL
     D  the translators' steps    E  the task model's steps    F  loading    G  two trainers end to end    H  stage 2
-    I  FID and scores; last of all, variants of D, E and H: --compile, no graph, layouts
+    I  FID and scores; last of all, variants of D and E: --compile, no graph, layouts
 
 Results are written as they come: OUT/check.jsonl has one line per result; OUT/check.json has all results, the targets, and
 the hours that the paper's experiment would take. The exit status is 1 if a check of correctness FAILED; measurements that
@@ -61,7 +61,6 @@ PARTS = (  # in this order: letter, title, expected seconds, function
     ("I", "FID and scores", 40, gpu_scripts.part_i),
     ("D", "variants of the translators' steps", 60, gpu_steps.part_d_variants),
     ("E", "variants of the task model's steps", 60, gpu_steps.part_e_variants),
-    ("H", "variants of stage 2", 30, gpu_scripts.part_h_variants),
 )
 
 

@@ -1,13 +1,12 @@
 """Parts F to I of gpu_check.py: loading, the trainers end to end, stage 2, FID and scores."""
 
 import itertools
-import os
 import sys
 import time
 
 import numpy as np
 import torch
-from gpu_harness import ROOT, attempt, command, isolated, job, real_pair, record, run_file, start, value_of
+from gpu_harness import ROOT, attempt, command, isolated, job, real_pair, record
 from torch.utils.data import StackDataset
 
 import data
@@ -15,7 +14,6 @@ import fid
 import files
 import loading
 import models
-import optimization
 import runtime
 
 
@@ -103,53 +101,18 @@ def part_h():
         for folder, path in (("images", frames[i % len(frames)].image), ("labels", frames[i % len(frames)].label)):
             (many / folder).mkdir(parents=True, exist_ok=True)
             (many / folder / f"{i:05d}.png").symlink_to(path)
+    words = ["--source", many, "--translator", job.work / "translator", "--cache", job.work / "kept", "--device", job.device]
     for what in ("stage 2, while the cache fills", "stage 2"):  # in run_all.sh, stages 1 and 3 have filled it
-        time_stage_2(what)
-
-
-def part_h_variants():
-    for what, prepare in (("stage 2, a CUDA graph", graph_generators), ("stage 2, without fsync", leave_out_fsync)):
-        with attempt("H", what):
-            time_stage_2(what, prepare)
-
-
-def time_stage_2(what, prepare=None):
-    """Record how many frames per second translate_dataset.py writes. prepare: called in its process first."""
-    started, out = time.monotonic(), job.work / what
-    words = ["--source", job.work / "many", "--translator", job.work / "translator", "--device", job.device]
-    words += ["--cache", job.work / "kept", "--out", out]
-    script, log = ROOT / "translate_dataset.py", job.work / f"{what}.log"
-    value_of(start(run_file, script, words, None, prepare, log=log), limit=90)
-    times = sorted(path.stat().st_mtime_ns / 1e9 for path in (out / "images").glob("*.png"))[job.translated // 4 :]
-    note = f"the last {len(times)} of {job.translated}; all, start included, in {time.monotonic() - started:.0f} s"
-    record("H", what, (len(times) - 1) / (times[-1] - times[0]), "frames/s", note=note)
-
-
-def graph_generators():
-    """Let load_network return generators that replay a CUDA graph, one for each size of frames."""
-
-    def load_graphed(weights, kind, device):
-        network, steps = load(weights, kind, device), {}
-        forward = network.forward
-
-        def replay(x):
-            if x.shape not in steps:
-                steps[x.shape] = optimization.GraphedStep(forward, device)
-            return steps[x.shape](x)
-
-        network.forward = replay
-        return network
-
-    load, models.load_network = models.load_network, load_graphed
-
-
-def leave_out_fsync():
-    os.fsync = lambda descriptor: None
+        started, out = time.monotonic(), job.work / ("translated" if what == "stage 2" else "translated at first")
+        command(sys.executable, ROOT / "translate_dataset.py", *words, "--out", out, limit=90)
+        times = sorted(path.stat().st_mtime_ns / 1e9 for path in (out / "images").glob("*.png"))[job.translated // 4 :]
+        note = f"the last {len(times)} of {job.translated}; all, start included, in {time.monotonic() - started:.0f} s"
+        record("H", what, (len(times) - 1) / (times[-1] - times[0]), "frames/s", note=note)
 
 
 def part_i():
     frames, target = data.list_frames(real_pair()[0]), real_pair()[1]
-    images = sorted((job.work / "stage 2" / "images").glob("*.png")) or [frame.image for frame in frames]
+    images = sorted((job.work / "translated" / "images").glob("*.png")) or [frame.image for frame in frames]
     images = (images * job.fid_images)[: job.fid_images]
     with attempt("I", "FID", is_check=True):
         rate, distance = isolated(fid_rate, images, limit=90)

@@ -24,12 +24,7 @@ def part_d():
 
 
 def part_d_variants():
-    formats = [
-        "bf16, padding's gradient without its second copy",
-        "bf16, F.pad",
-        "bf16, default layout",
-        "bf16, default layout, F.pad",
-    ]
+    formats = ["bf16, F.pad", "bf16, default layout", "bf16, default layout, F.pad"]
     for names in ([NO_GRAPH, "bf16, twice the side", "bf16, batch 4", *formats], ["bf16, --compile"]):
         for kind in ("fastcut_l5", "cyclegan"):
             time_steps("D", kind, names)
@@ -191,8 +186,6 @@ def profiled(step, ms, steps=3):
 def replacements(name):
     """What the variant `name` replaces, as (object, attribute name, replacement)."""
     found = [(models, "reflect_pad", plain_pad)] if "F.pad" in name else []
-    if "second copy" in name:
-        found.append((models.ReflectPad2d, "backward", staticmethod(pad_backward_without_second_copy)))
     if "compile" in name:
         found.append((torch, "compile", functools.partial(torch.compile, backend=job.compiler)))
     if "depthwise" in name:
@@ -202,17 +195,6 @@ def replacements(name):
 
 def plain_pad(x, n):
     return F.pad(x, (n,) * 4, "reflect")
-
-
-def pad_backward_without_second_copy(ctx, gradient):
-    """ReflectPad2d.backward, but columns are added in place, and the result is a view of rows that are still padded."""
-    n, (height, width) = ctx.n, (size - 2 * ctx.n for size in gradient.shape[2:])
-    rows = gradient.narrow(2, n, height).clone(memory_format=torch.channels_last)
-    inner = rows.narrow(3, n, width)
-    for part, padded, dim, size in ((rows, gradient, 2, height), (inner, rows, 3, width)):
-        for start, padding in ((1, 0), (size - 1 - n, n + size)):
-            part.narrow(dim, start, n).add_(padded.narrow(dim, padding, n).flip(dim))
-    return inner, None
 
 
 def convolve_in_default_layout(self, x, weight, bias):
