@@ -59,7 +59,7 @@ PARTS = (  # in this order: letter, title, expected seconds, function
     ("G", "trainers end to end", 50, gpu_scripts.part_g),
     ("H", "stage 2", 30, gpu_scripts.part_h),
     ("I", "FID and scores", 40, gpu_scripts.part_i),
-    ("D", "variants of the translators' steps", 60, gpu_steps.part_d_variants),
+    ("D", "variants of the translators' steps", 90, gpu_steps.part_d_variants),
     ("E", "variants of the task model's steps", 60, gpu_steps.part_e_variants),
 )
 

@@ -25,9 +25,10 @@ def part_d():
 
 def part_d_variants():
     formats = ["bf16, F.pad", "bf16, default layout", "bf16, default layout, F.pad"]
-    for names in ([NO_GRAPH, "bf16, twice the side", "bf16, batch 4", *formats], ["bf16, --compile"]):
-        for kind in ("fastcut_l5", "cyclegan"):
-            time_steps("D", kind, names)
+    for kind in ("fastcut_l5", "cyclegan"):
+        time_steps("D", kind, [NO_GRAPH, "bf16, twice the side", "bf16, batch 4", *formats])
+    for kind in ("fastcut_l5", "cyclegan", "cut"):
+        time_steps("D", kind, ["bf16, --compile"])
 
 
 def part_e():
