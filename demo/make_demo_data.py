@@ -13,11 +13,11 @@ between them is one of appearance, which is the kind that CLADA bridges.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -77,13 +77,15 @@ def draw_frames(frames, out, **settings):
         files.clear_parts(folder)
     pool = ProcessPoolExecutor(mp_context=runtime.CONTEXT, initializer=runtime.serve_parent)
     try:
-        drawn = pool.map(partial(write_frame, out=out, **settings), frames, chunksize=4)
-        for _ in tqdm(drawn, total=len(frames), unit="frame", desc="demo data", disable=None):
-            pass
+        drawn = as_completed([pool.submit(write_frame, frame, out, **settings) for frame in frames])
+        for future in tqdm(drawn, total=len(frames), unit="frame", desc="demo data", disable=None):
+            future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError("a process that draws frames was killed, most likely for lack of memory") from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():  # which ignore signals
+            child.kill()
+        pool.shutdown()  # and wait: a pool that still ends as the interpreter exits may print a traceback
 
 
 def parse_size(text):

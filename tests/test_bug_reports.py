@@ -540,12 +540,16 @@ def test_runs_of_older_versions_are_resumed(pair, runs, tmp_path):
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr
 
 
-def test_a_drawing_process_that_is_killed_is_said(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_drawing_process_that_is_killed_is_said_and_a_stop_is_silent(tmp_path, number):
     command = [sys.executable, ROOT / "demo/make_demo_data.py", tmp_path / "d", "--size", "512x1024", "--source-count", 400]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.rglob("*.png")) and process.poll() is None:
         time.sleep(0.1)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(int(children[0]) if number == signal.SIGKILL else process.pid, number)
     stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "a process that draws frames was killed" in stderr.splitlines()[-1], stderr
+    if number == signal.SIGKILL:
+        assert process.returncode == 1 and "a process that draws frames was killed" in stderr.splitlines()[-1], stderr
+    else:
+        assert process.returncode == 128 + number and stderr == "", stderr
