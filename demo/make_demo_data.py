@@ -13,11 +13,9 @@ between them is one of appearance, which is the kind that CLADA bridges.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import files
+import loading
 import runtime
 
 
@@ -40,18 +39,18 @@ def paths(out, domain, split, k):
     return out / f"target/leftImg8bit/{name}_leftImg8bit.png", out / f"target/gtFine/{name}_gtFine_labelIds.png"
 
 
-def write_frame(frame, out, seed, height, width):
-    """Draw and save one frame (domain, split, number), unless an interrupted run has already done so."""
-    domain, split, k = frame
-    image_path, label_path = paths(out, domain, split, k)
-    if image_path.exists() and label_path.exists():
+def write_frame(frame, seed):
+    """Draw and save one frame, whose name is (domain, split, number), unless an interrupted run has already done so."""
+    domain, split, k = frame.name
+    width, height = frame.size
+    if frame.image.exists() and frame.label.exists():
         return
     rng = np.random.default_rng([seed, DOMAINS.index(domain), ("train", "val").index(split), k])
     image, label = map(Image.fromarray, render(rng, domain, height, width))
     if domain == "source":  # GTA5's labels are palette images whose indices are the label ids
         label.putpalette(data.ID_COLOURS[:34].tobytes())  # ids 0 to 33
-    files.write_whole(image_path, files.image_bytes(image))
-    files.write_whole(label_path, files.image_bytes(label))
+    files.write_whole(frame.image, files.image_bytes(image))
+    files.write_whole(frame.label, files.image_bytes(label))
 
 
 def is_finished(out, arguments, frames):
@@ -64,28 +63,24 @@ def is_finished(out, arguments, frames):
                 flag = "--" + name.replace("_", "-")
                 before = f"{flag} was {previous.get(name)} and is now {value} (see {path})"
                 raise ValueError(f"{before}; give another OUT, or delete this one to start anew")
-        return path == finished and all(file.is_file() for frame in frames for file in paths(out, *frame))
+        return path == finished and all(file.is_file() for frame in frames for file in (frame.image, frame.label))
     if (out / "source").exists() or (out / "target").exists():
         raise ValueError(f"OUT: {out} holds a source or target folder that this script did not write; give another folder")
     return False
 
 
-def draw_frames(frames, out, **settings):
+def draw_frames(frames, seed):
     """Draw all frames, in one process per core, with a progress bar. ChildProcessError if a process was killed."""
-    for folder in {path.parent for frame in frames for path in paths(out, *frame)}:
+    for folder in {path.parent for frame in frames for path in (frame.image, frame.label)}:
         folder.mkdir(parents=True, exist_ok=True)
         files.clear_parts(folder)
-    pool = ProcessPoolExecutor(mp_context=runtime.CONTEXT, initializer=runtime.serve_parent)
+    drawings = loading.Frames(frames, partial(write_frame, seed=seed))
+    drawn = loading.batches(drawings, [[i] for i in range(len(frames))], runtime.default_workers(), collate=list)
     try:
-        drawn = as_completed([pool.submit(write_frame, frame, out, **settings) for frame in frames])
-        for future in tqdm(drawn, total=len(frames), unit="frame", desc="demo data", disable=None):
-            future.result()
-    except BrokenProcessPool as error:
+        for _ in tqdm(drawn, total=len(frames), unit="frame", desc="demo data", disable=None):
+            pass
+    except ChildProcessError as error:
         raise ChildProcessError("a process that draws frames was killed, most likely for lack of memory") from error
-    finally:
-        for child in multiprocessing.active_children():  # which ignore signals
-            child.kill()
-        pool.shutdown()  # and wait: a pool that still ends as the interpreter exits may print a traceback
 
 
 def parse_size(text):
@@ -114,14 +109,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     arguments = {name: value for name, value in vars(args).items() if name != "out"}
     counts = {("source", "train"): args.source_count, ("target", "train"): args.target_count, ("target", "val"): args.val_count}
-    frames = [(domain, split, k) for (domain, split), n in counts.items() for k in range(n)]
-    height, width = map(int, args.size.split("x"))
+    size = tuple(map(int, args.size.split("x")[::-1]))
+    names = [(domain, split, k) for (domain, split), n in counts.items() for k in range(n)]
+    frames = [data.Frame(name, *paths(args.out, *name), size) for name in names]
     if is_finished(args.out, arguments, frames):
         print(f"{args.out} is finished: nothing to do")
         return
     with files.lock(args.out):
         files.write_json(args.out / "demo.unfinished.json", arguments)
-        draw_frames(frames, args.out, seed=args.seed, height=height, width=width)
+        draw_frames(frames, args.seed)
         os.replace(args.out / "demo.unfinished.json", args.out / "demo.json")
 
 

@@ -540,7 +540,7 @@ def test_runs_of_older_versions_are_resumed(pair, runs, tmp_path):
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_drawing_process_that_is_killed_is_said_and_a_stop_is_silent(tmp_path, number):
     command = [sys.executable, ROOT / "demo/make_demo_data.py", tmp_path / "d", "--size", "512x1024", "--source-count", 400]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -149,12 +148,6 @@ def test_second_run_does_nothing(small):
     again = make(small)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert before == {p: p.stat().st_mtime_ns for p in small.rglob("*")}
-
-
-def test_the_pool_has_ended_before_the_interpreter_does(tmp_path):
-    before = threading.active_count()
-    assert run(*small_arguments(tmp_path / "out")).returncode == 0
-    assert threading.active_count() == before
 
 
 def test_an_interrupted_run_is_resumed(small, tmp_path):
